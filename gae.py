@@ -1,0 +1,104 @@
+"""Advantages: terminal reward, GAE, length-adaptive λ, decoupled GAE, whitening, explained variance.
+
+Shapes: B rows, T response tokens; row i has `length_B[i]` tokens, then padding. `mask_BT` is 1 on the tokens of the
+response and 0 on the padding after them. γ is 1 in the papers.
+"""
+
+import torch
+
+
+def terminal_reward(reward_B, length_B, width):
+    """Puts the outcome of each answer on its last token.
+
+    r_t = R if t = |o| − 1 else 0                                          (arXiv 2504.05118 §2.1)
+
+    Args: reward_B, the outcomes R; length_B, the response tokens |o|; width, the number of columns T.
+    Returns: reward_BT float32. A row of length 0 gets no reward.
+    """
+    assert int(length_B.max()) <= width, "a row is longer than the table"
+    t_T = torch.arange(width, device=reward_B.device)
+    return torch.where(t_T == length_B[:, None] - 1, reward_B[:, None].float(), 0.0)
+
+
+def gae(reward_BT, value_BT, mask_BT, lam, gamma=1.0):
+    """Generalised advantage estimation (arXiv 1506.02438 eq. 16).
+
+    δ_t = r_t + γ V(s_{t+1}) − V(s_t),    V after the last token = 0 (an answer cut at the limit ends there too)
+    Â_t = Σ_l (γλ)^l δ_{t+l} = δ_t + γλ Â_{t+1}
+
+    Args: reward_BT, value_BT and mask_BT as above, V_t being the value of the state before token t;
+        lam, a float or a [B] tensor (one λ a row).
+    Returns: adv_BT, 0 on padding, whatever the padding holds (NaN included). float32, or float64 for float64 values.
+    Raises: AssertionError if the shapes differ, or if a row's mask is not ones followed by zeros.
+    """
+    assert reward_BT.shape == value_BT.shape == mask_BT.shape, "reward, value and mask must have one shape [B, T]"
+    on_BT = mask_BT.bool()
+    assert not (on_BT[:, 1:] & ~on_BT[:, :-1]).any(), "mask must be ones followed by zeros in every row"
+    dtype = torch.promote_types(value_BT.dtype, torch.float32)
+    reward_BT = torch.where(on_BT, reward_BT, 0).to(dtype)
+    value_BT = torch.where(on_BT, value_BT, 0).to(dtype)
+    lam_B = torch.as_tensor(lam, dtype=dtype, device=value_BT.device).expand(len(value_BT))
+
+    adv_BT = torch.zeros_like(value_BT)
+    next_value_B = next_adv_B = torch.zeros_like(lam_B)
+    for t in reversed(range(value_BT.shape[1])):
+        delta_B = reward_BT[:, t] + gamma * next_value_B - value_BT[:, t]
+        adv_BT[:, t] = delta_B + gamma * lam_B * next_adv_B
+        # On padding reward, value and so δ are 0: the recursion reaches the last token with nothing in hand.
+        next_value_B, next_adv_B = value_BT[:, t], adv_BT[:, t]
+    return adv_BT
+
+
+def length_adaptive_lambda(length_B, alpha):
+    """One λ per answer, so that the sum of its weights grows with the answer (arXiv 2504.05118 §4.2).
+
+    Σ_t λ^t ≈ 1/(1 − λ) = α l    ⇒    λ = 1 − 1/(α l)
+
+    The outcome reaches the first token with weight ≈ exp(−1/α), whatever the length. Below l = 1/α the formula is
+    negative: clamped to 0. Clamped below 1 too, which only a rounding error could reach.
+
+    Args: length_B, response tokens l of each row; alpha > 0 (0.05 in the paper).
+    Returns: lam_B float32 in [0, 1).
+    """
+    assert alpha > 0, "alpha must be positive"
+    lam_B = 1.0 - 1.0 / (alpha * length_B.float().clamp(min=1))
+    return lam_B.clamp(0.0, 1.0 - 2**-24)
+
+
+def decoupled_gae(reward_BT, value_BT, mask_BT, lam_policy, lam_critic, gamma=1.0):
+    """Advantages with the policy's λ, value targets with the critic's (arXiv 2503.01491; arXiv 2504.05118 §4.1).
+
+    Â_t = Σ_l (γ λ_policy)^l δ_{t+l},    target_t = V(s_t) + Σ_l (γ λ_critic)^l δ_{t+l}
+
+    With λ_critic = 1 and γ = 1 the target is the outcome itself at every token: no bias from V.
+
+    Args: as in `gae`; each λ a float or a [B] tensor.
+    Returns: (adv_BT, target_BT), both 0 on padding.
+    """
+    adv_BT = gae(reward_BT, value_BT, mask_BT, lam_policy, gamma)
+    critic_adv_BT = gae(reward_BT, value_BT, mask_BT, lam_critic, gamma)
+    return adv_BT, torch.where(mask_BT.bool(), critic_adv_BT + value_BT, 0.0)
+
+
+def whiten(adv_BT, mask_BT):
+    """(Â − mean) / (std + 1e-8) over the tokens of the whole batch; 0 on padding. Not in the papers: a flag."""
+    on_BT = mask_BT.bool()
+    adv_N = adv_BT[on_BT]
+    if adv_N.numel() < 2:
+        return torch.where(on_BT, adv_BT, 0.0)
+    return torch.where(on_BT, (adv_BT - adv_N.mean()) / (adv_N.std() + 1e-8), 0.0)
+
+
+def explained_variance(value_BT, target_BT, mask_BT):
+    """How much of the targets' variance the critic predicts (arXiv 2503.01491): 1 is perfect, 0 a constant.
+
+    EV = 1 − Var[target − V] / Var[target], over the tokens of the mask
+
+    Returns: a scalar tensor; NaN where the targets do not vary (every answer right, or every answer wrong).
+    """
+    on_BT = mask_BT.bool()
+    target_N, value_N = target_BT[on_BT].double(), value_BT[on_BT].double()
+    variance = target_N.var(correction=0) if target_N.numel() else torch.zeros((), dtype=torch.float64)
+    if variance == 0:
+        return torch.tensor(float("nan"), dtype=torch.float64)
+    return 1.0 - (target_N - value_N).var(correction=0) / variance

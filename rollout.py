@@ -1,0 +1,203 @@
+"""Sampling many answers to many prompts, judging them, and evaluation.
+
+A batch of answers is a dict of columns, "rows", that is cut and shuffled like any table:
+
+    token_BL         prompt + response, padded on the right           problem_B   index into the problems
+    prompt_length_B  tokens of the prompt                             correct_B   the verifier's verdict (bool)
+    length_B         tokens of the response, EOS included             reward_B    what is optimised
+    stop_B           True: ended by EOS; False: cut at the limit      sampled_logp_BT  the sampler's log-probs
+
+B = P·G rows for P prompts with G samples each, the samples of one prompt side by side; L prompt + response tokens;
+T response tokens; R rows still being sampled; V vocabulary.
+"""
+
+import torch
+from tqdm import tqdm
+
+from model import autocast
+from verifier import verify
+
+COMPACT_BELOW = 0.75  # finished rows are dropped from the cache when less than this share of its rows is alive
+
+
+@torch.no_grad()
+def sample(policy, tokenizer, problems, samples, max_tokens, temperature, generator, sample_rows=256, progress=None):
+    """`samples` answers to each problem from the policy, π(·|s)^(1/temperature) token by token; temperature 0 is greedy.
+
+    Each prompt is read once and its cache repeated for its samples. No truncation of the distribution (top-p = 1), so
+    the log-probs are those of training.
+
+    Args: problems, dicts with "prompt" (token ids), or pairs of an index and such a dict; max_tokens, the longest response;
+        generator, a torch.Generator on the policy's device; sample_rows, answers side by side; progress, a tqdm label.
+    Returns: rows without verdict and reward, `problem_B` counting the problems given.
+    """
+    eos_N = torch.tensor(eos_ids(policy, tokenizer), device=policy.device)
+    prompts_at_once = max(1, sample_rows // samples)
+    parts = []
+    bar = tqdm(total=len(problems) * samples, desc=progress, unit="answer", disable=progress is None, leave=False)
+    for start in range(0, len(problems), prompts_at_once):
+        prompts = [problem["prompt"] for problem in problems[start : start + prompts_at_once]]
+        part = sample_together(policy, prompts, samples, max_tokens, temperature, generator, eos_N)
+        part["problem_B"] += start
+        parts.append(part)
+        bar.update(len(prompts) * samples)
+    bar.close()
+    return concatenate(parts)
+
+
+def sample_together(policy, prompts, samples, max_tokens, temperature, generator, eos_N):
+    """One batch of prompts, left-padded so that all of them end, and go on, in the same column."""
+    device, count = policy.device, len(prompts)
+    prompt_length_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    width = int(prompt_length_P.max())
+    prompt_PL = torch.zeros(count, width, dtype=torch.long, device=device)  # the padding's id does not matter: masked
+    for i, prompt in enumerate(prompts):
+        prompt_PL[i, width - len(prompt) :] = torch.tensor(prompt, device=device)
+    mask_RL = torch.arange(width, device=device) >= width - prompt_length_P[:, None]
+    position_RL = (mask_RL.cumsum(dim=1) - 1).clamp(min=0)
+
+    with autocast(device):
+        output = policy(
+            input_ids=prompt_PL, attention_mask=mask_RL.long(), position_ids=position_RL, use_cache=True, logits_to_keep=1
+        )
+    cache = output.past_key_values
+    cache.batch_repeat_interleave(samples)
+    logit_RV = output.logits[:, -1].repeat_interleave(samples, dim=0)
+    mask_RL = mask_RL.repeat_interleave(samples, dim=0).long()
+    position_R = prompt_length_P.repeat_interleave(samples)
+
+    rows = count * samples
+    token_BT = torch.zeros(rows, max_tokens, dtype=torch.long, device=device)
+    logp_BT = torch.zeros(rows, max_tokens, device=device)
+    length_B = torch.full((rows,), max_tokens, device=device)
+    stop_B = torch.zeros(rows, dtype=torch.bool, device=device)
+    row_R = torch.arange(rows, device=device)  # which answer each row of the cache writes
+    alive_R = torch.ones(rows, dtype=torch.bool, device=device)
+    for t in range(max_tokens):
+        token_R, logp_R = draw(logit_RV, temperature, generator)
+        token_BT[row_R, t] = torch.where(alive_R, token_R, 0)
+        logp_BT[row_R, t] = torch.where(alive_R, logp_R, 0.0)
+        ends_R = alive_R & torch.isin(token_R, eos_N)
+        length_B[row_R[ends_R]] = t + 1
+        stop_B[row_R[ends_R]] = True
+        alive_R = alive_R & ~ends_R
+        alive = int(alive_R.sum())
+        if alive == 0 or t + 1 == max_tokens:
+            break
+        if alive < COMPACT_BELOW * len(row_R):
+            keep = alive_R.nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            token_R, row_R, mask_RL, position_R = token_R[keep], row_R[keep], mask_RL[keep], position_R[keep]
+            alive_R = alive_R[keep]
+        mask_RL = torch.cat([mask_RL, torch.ones_like(mask_RL[:, :1])], dim=1)
+        with autocast(device):
+            output = policy(
+                input_ids=token_R[:, None], attention_mask=mask_RL, position_ids=position_R[:, None],
+                past_key_values=cache, use_cache=True,
+            )  # fmt: skip
+        logit_RV, position_R = output.logits[:, -1], position_R + 1
+
+    longest = int(length_B.max())
+    prompt_length_B = prompt_length_P.repeat_interleave(samples)
+    prompt_BL = prompt_PL.repeat_interleave(samples, dim=0)
+    return {
+        "token_BL": push_left(torch.cat([prompt_BL, token_BT[:, :longest]], dim=1), width - prompt_length_B),
+        "prompt_length_B": prompt_length_B,
+        "length_B": length_B,
+        "stop_B": stop_B,
+        "sampled_logp_BT": logp_BT[:, :longest],
+        "problem_B": torch.arange(count, device=device).repeat_interleave(samples),
+    }
+
+
+def draw(logit_RV, temperature, generator):
+    """One token a row and its log-prob at that temperature; the most likely one at temperature 0."""
+    logp_RV = torch.log_softmax(logit_RV.float() / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        token_R = logp_RV.argmax(dim=-1)
+    else:
+        token_R = torch.multinomial(logp_RV.exp(), 1, generator=generator)[:, 0]
+    return token_R, logp_RV.gather(1, token_R[:, None])[:, 0]
+
+
+def push_left(token_BL, offset_B):
+    """Moves each row left by its offset; zeros come in on the right."""
+    position_BL = torch.arange(token_BL.shape[1], device=token_BL.device) + offset_B[:, None]
+    moved_BL = token_BL.gather(1, position_BL.clamp(max=token_BL.shape[1] - 1))
+    return torch.where(position_BL < token_BL.shape[1], moved_BL, 0)
+
+
+def eos_ids(policy, tokenizer):
+    """All token ids that end an answer: the tokenizer's EOS and those of the model's generation config."""
+    listed = policy.generation_config.eos_token_id
+    listed = listed if isinstance(listed, (list, tuple)) else [listed]
+    return sorted({tokenizer.eos_token_id, *(i for i in listed if i is not None)})
+
+
+def texts(rows, tokenizer):
+    """The responses as text, without special tokens."""
+    columns = zip(rows["token_BL"].tolist(), rows["prompt_length_B"].tolist(), rows["length_B"].tolist())
+    return [tokenizer.decode(token_L[start : start + length], skip_special_tokens=True) for token_L, start, length in columns]
+
+
+def judge(rows, tokenizer, problems, reward_correct=1.0, reward_wrong=0.0):
+    """Adds correct_B, the verifier's verdict, and reward_B, what is optimised; returns the rows. A truncated answer is
+    terminal, and scored by what it says so far."""
+    answers = [problems[i]["answer"] for i in rows["problem_B"].tolist()]
+    verdicts = [verify(text, answer) for text, answer in zip(texts(rows, tokenizer), answers)]
+    rows["correct_B"] = torch.tensor(verdicts, device=rows["length_B"].device)
+    rows["reward_B"] = torch.where(rows["correct_B"], reward_correct, reward_wrong)
+    return rows
+
+
+def response_mask(rows):
+    """mask_BT: 1 on response tokens, from the lengths alone."""
+    width = int(rows["length_B"].max())
+    return (torch.arange(width, device=rows["length_B"].device) < rows["length_B"][:, None]).float()
+
+
+def take(rows, index_N):
+    """The given rows, with the columns of tokens cut to the longest of them."""
+    part = {name: column[index_N] for name, column in rows.items()}
+    longest = int(part["length_B"].max())
+    whole = int((part["prompt_length_B"] + part["length_B"]).max())
+    cut = {"BL": whole, "BT": longest}
+    return {name: column[:, : cut[name[-2:]]] if name[-2:] in cut else column for name, column in part.items()}
+
+
+def concatenate(parts):
+    """Rows below rows, padded with zeros to the widest."""
+    together = {}
+    for name in parts[0]:
+        columns = [part[name] for part in parts]
+        if columns[0].dim() == 2:
+            width = max(column.shape[1] for column in columns)
+            columns = [torch.nn.functional.pad(column, (0, width - column.shape[1])) for column in columns]
+        together[name] = torch.cat(columns)
+    return together
+
+
+def micro_batches(rows, size):
+    """Yields index tensors of at most `size` rows of like length, so that little is padded; every row is in one."""
+    order_B = (rows["prompt_length_B"] + rows["length_B"]).sort(stable=True).indices
+    yield from order_B.split(size)
+
+
+def evaluate(policy, tokenizer, problems, samples, settings, seed, progress=None):
+    """Accuracy on problems: avg@samples at the training temperature, and greedy.
+
+    Returns: (metrics, rows): accuracy (mean over all samples), greedy_accuracy, length (mean response tokens),
+        truncated (share cut at the limit), and the judged sampled rows.
+    """
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    common = dict(max_tokens=settings.response_length, generator=generator, sample_rows=settings.sample_rows)
+    rows = sample(policy, tokenizer, problems, samples, temperature=settings.temperature, progress=progress, **common)
+    greedy = sample(policy, tokenizer, problems, 1, temperature=0.0, progress=progress and progress + " (greedy)", **common)
+    judge(rows, tokenizer, problems)
+    judge(greedy, tokenizer, problems)
+    return {
+        "accuracy": rows["correct_B"].float().mean().item(),
+        "greedy_accuracy": greedy["correct_B"].float().mean().item(),
+        "length": rows["length_B"].float().mean().item(),
+        "truncated": 1.0 - rows["stop_B"].float().mean().item(),
+    }, rows

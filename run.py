@@ -1,0 +1,183 @@
+"""One run: settings in, a directory out, and one clear line when the input is bad.
+
+A run directory holds config.json (settings, revision, versions), metrics.jsonl (one line a step), the same numbers for
+TensorBoard in tb/, samples.jsonl (a few answers an evaluation), checkpoint/ (to resume from), policy/ and critic/.
+"""
+
+import functools
+import json
+import math
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import HfArgumentParser
+
+
+class BadInput(ValueError):
+    """Something that the user can mend; its message is one line that names the cause and the fix."""
+
+
+def exit_on_bad_input(main):
+    """Decorates a script's main: BadInput becomes one line on standard error and exit code 2."""
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv)
+        except BadInput as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    return wrapped
+
+
+def flag(default, help, **metadata):
+    """A settings field: one flag, its default and its line of help."""
+    return field(default=default, metadata={"help": help.replace("%", "%%"), **metadata})
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What every run on problems has: the model, the data, where it runs, how it samples."""
+
+    model: str = flag("", "causal language model: a Hugging Face directory; empty: the embedded world (toy.py)")
+    train: str = flag("", 'training problems: JSONL with lines {"problem": ..., "answer": ...}')
+    world: str = flag("", "directory of the embedded world that model and problems come from; its truth is then reported")
+    seed: int = flag(0, "seed of the data order, the sampling and the mini-batches")
+    device: str = flag("auto", "auto (cuda if there is one), cpu, cuda or cuda:N")
+    compile: bool = flag(None, "torch.compile the loss and log-probability kernels; default: only on cuda")
+    prompt_template: str = flag(
+        "Solve the following math problem step by step. The last line of your response should be of the form "
+        "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{problem}\n\n"
+        'Remember to put your answer on its own line after "Answer:".',
+        "prompt text; {problem} stands for the problem (default: DAPO's wording)",
+    )
+    prompt_length: int = flag(1024, "most tokens of a prompt")
+    response_length: int = flag(1024, "most tokens of an answer; a longer one is cut there and scored as it stands")
+    temperature: float = flag(1.0, "sampling temperature, in the sampler and in the training log-probs alike")
+    sample_rows: int = flag(256, "answers that are sampled side by side")
+    micro_batch: int = flag(16, "answers in one forward and backward pass; changes memory and speed, never a gradient")
+
+    def check(self):
+        """Checks ranges and that files exist. Raises: BadInput."""
+        for name in ("prompt_length", "response_length", "sample_rows", "micro_batch"):
+            require(getattr(self, name) >= 1, f"--{name} must be at least 1")
+        require(self.temperature > 0, "--temperature must be positive")
+        require("{problem}" in self.prompt_template, "--prompt_template must contain {problem}")
+        require(bool(self.train), 'give --train FILE: a JSONL of {"problem": ..., "answer": ...}')
+        pick_device(self.device)
+
+
+def require(condition, message):
+    """Raises BadInput(message) unless the condition holds."""
+    if not condition:
+        raise BadInput(message)
+
+
+def parse_settings(settings_class, argv, description):
+    """Flags → a frozen dataclass, by `HfArgumentParser`. `@FILE` reads flags from a file, one a line.
+
+    A flag given twice counts as given last. Unknown flags and values of a wrong type end with one line and exit code 2.
+    """
+    parser = HfArgumentParser(
+        settings_class, description=description, fromfile_prefix_chars="@", allow_abbrev=False,
+        formatter_class=HelpFormatter,
+    )  # fmt: skip
+    parser.error = lambda message: (_ for _ in ()).throw(BadInput(f"{message} (see --help)"))
+    namespace = parser.parse_args(argv)
+    return settings_class(**vars(namespace))
+
+
+class HelpFormatter(transformers.hf_argparser.ArgumentDefaultsHelpFormatter):
+    """Shows each flag once, as --its_name, and no default where there is none to show."""
+
+    def _format_action_invocation(self, action):
+        names = [name for name in action.option_strings if "-" not in name.lstrip("-")]
+        return ", ".join(names or action.option_strings) + (" X" if action.nargs is None and action.type else "")
+
+    def _get_help_string(self, action):
+        help_text = action.help or ""
+        long_or_none = action.default in (None, "") or len(str(action.default)) > 60
+        return help_text if long_or_none or action.option_strings[0] == "-h" else super()._get_help_string(action)
+
+
+def to_argv(settings):
+    """The flags that give these settings: what a script is called with by another, and what a resumed run is."""
+    return [f"--{name}={value}" for name, value in asdict(settings).items() if value is not None]
+
+
+def pick_device(name):
+    """torch.device for --device. Raises: BadInput."""
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+    except RuntimeError as error:
+        raise BadInput(f"--device {name}: {error}") from None
+    require(device.type != "cuda" or torch.cuda.is_available(), f"--device {name}: this machine has no CUDA device")
+    return device
+
+
+def describe(device):
+    """Revision, versions and device, for the record beside the numbers."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        revision = "unknown"
+    return {
+        "revision": revision, "python": platform.python_version(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+    }  # fmt: skip
+
+
+def write_json(path, value):
+    """Writes beside and renames: the file is the old one or the new one, never half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(value, indent=2) + "\n")
+    beside.replace(path)
+
+
+class Log:
+    """metrics.jsonl, TensorBoard and samples.jsonl of one run.
+
+    A run that goes on from step `after` drops the lines of later steps first, so no step is there twice.
+    """
+
+    def __init__(self, run_dir, after=-1):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.run_dir / name
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after))
+        self.tensorboard = SummaryWriter(self.run_dir / "tb", purge_step=after + 1 if after >= 0 else None)
+
+    def metrics(self, step, numbers):
+        """One line of numbers; what is not finite becomes null."""
+        numbers = {name: float(value) for name, value in numbers.items()}
+        for name, value in numbers.items():
+            self.tensorboard.add_scalar(name, value, step)
+        self.tensorboard.flush()
+        line = {"step": step} | {n: round(v, 7) if math.isfinite(v) else None for n, v in numbers.items()}
+        self._append("metrics.jsonl", line)
+
+    def samples(self, step, samples):
+        for sample in samples:
+            self._append("samples.jsonl", {"step": step} | sample)
+
+    def _append(self, name, line):
+        with open(self.run_dir / name, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def close(self):
+        self.tensorboard.close()

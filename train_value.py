@@ -1,0 +1,220 @@
+"""Value pretraining, and reward models: fits a critic to the outcomes of a frozen policy's answers.
+
+    python train_value.py                                              # in the embedded world
+    python train_value.py --model DIR --train FILE --out runs/value    # any causal LM, any JSONL of problems
+    python train_value.py --objective reward --out runs/reward         # a reward model, when there is none ...
+    python train_value.py --init runs/reward/critic --reuse_answers runs/reward/answers.pt   # ... and pretraining from it
+
+1. Answers are sampled once from the frozen policy, judged by the verifier, and stored.
+2. The critic is fitted to them offline, several passes, on nine problems of ten. `value`: V at every token is regressed
+   on the Monte-Carlo return, which is the outcome (arXiv 2503.01491; arXiv 2504.05118 §4.1). `reward`: the score after
+   the last token only, which is what a reward model learns, and why it is wrong about unfinished answers.
+3. After each pass it is measured on the answers to the other problems. It stops at --target_explained_variance, when
+   the held-out loss has not fallen for --patience passes (overfitting is real), or at --steps; the best pass is kept.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import model
+import problems as problem_files
+import rollout
+import toy
+from gae import explained_variance
+from losses import token_weights, value_loss
+from run import Log, RunSettings, describe, exit_on_bad_input, flag, parse_settings, pick_device, require, to_argv, write_json
+
+
+@dataclass(frozen=True)
+class Settings(RunSettings):
+    out: str = flag("runs/value", "run directory: answers.pt, metrics.jsonl, tb/ and critic/ are written there")
+    objective: Literal["value", "reward"] = flag("value", "value: the outcome at every token; reward: after the last only")
+    init: str = flag("", "start from this reward model, critic or policy directory; empty: from the policy in --model")
+    answers: int = flag(4096, "answers to sample from the frozen policy")
+    samples: int = flag(8, "answers per problem")
+    reuse_answers: str = flag("", "answers.pt of an earlier run on the same problems, instead of sampling")
+    held_out: float = flag(0.1, "share of the problems whose answers are only measured on")
+    lr: float = flag(2e-6, "AdamW learning rate, constant after a warm-up of 10 steps")
+    batch: int = flag(64, "answers per optimiser step")
+    passes: int = flag(10, "most passes over the answers")
+    steps: int = flag(0, "most optimiser steps; 0: no limit but --passes")
+    patience: int = flag(2, "passes without a lower held-out loss before it stops")
+    target_explained_variance: float = flag(1.0, "stop once the held-out explained variance is this high")
+    max_grad_norm: float = flag(1.0, "gradient clipping")
+
+    def check(self):
+        super().check()
+        for name in ("answers", "samples", "batch", "passes", "patience"):
+            require(getattr(self, name) >= 1, f"--{name} must be at least 1")
+        require(self.steps >= 0, "--steps must not be negative")
+        require(0 < self.held_out < 1, "--held_out is a share: above 0, below 1")
+        require(self.lr > 0 and self.max_grad_norm > 0, "--lr and --max_grad_norm must be positive")
+        require(self.target_explained_variance <= 1, "--target_explained_variance is at most 1")
+
+
+def sampled_answers(settings, policy, tokenizer, problems, device):
+    """Judged rows from the frozen policy; stored, so that a second run on them samples nothing."""
+    path = Path(settings.reuse_answers or Path(settings.out) / "answers.pt")
+    # What the answers depend on: another model, file, seed … must not reuse them in silence.
+    sampled = ("model", "train", "seed", "prompt_template", "response_length", "temperature", "answers", "samples")
+    source = {name: getattr(settings, name) for name in sampled}
+    if path.exists():
+        stored = torch.load(path, map_location=device, weights_only=True)
+        if settings.reuse_answers:
+            source = source | {name: stored["source"][name] for name in ("seed", "answers", "samples")}
+        differ = [name for name in sampled if stored["source"][name] != source[name]]
+        require(not differ, f"{path} holds answers with another {', '.join(differ)}: give another --out or remove the file")
+        return stored["rows"]
+    require(not settings.reuse_answers, f"no stored answers at {path}")
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    chosen = torch.randperm(len(problems), generator=torch.Generator().manual_seed(settings.seed))
+    chosen = chosen[: max(2, settings.answers // settings.samples)]
+    asked = [problems[i] for i in chosen.tolist()]
+    rows = rollout.sample(
+        policy, tokenizer, asked, settings.samples, settings.response_length, settings.temperature, generator,
+        settings.sample_rows, progress="value: sampling",
+    )  # fmt: skip
+    rows["problem_B"] = chosen.to(device)[rows["problem_B"]]
+    rollout.judge(rows, tokenizer, problems)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"source": source, "rows": rows}, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+    return rows
+
+
+def objective_columns(rows, objective):
+    """(target_BT, mask_BT, shift): what V is fitted to, where, and whether it is read before (0) or after (1) a token."""
+    mask_BT = rollout.response_mask(rows)
+    target_BT = rows["reward_B"][:, None] * mask_BT
+    if objective == "value":
+        return target_BT, mask_BT, 0
+    last_BT = mask_BT * (torch.arange(mask_BT.shape[1], device=mask_BT.device) == rows["length_B"][:, None] - 1)
+    return target_BT, last_BT, 1
+
+
+@torch.no_grad()
+def measure(critic, rows, objective, micro_batch):
+    """Loss and explained variance under the objective, and V as a critic would give it at the first and last token."""
+    target_BT, mask_BT, shift = objective_columns(rows, objective)
+    fitted_BT, value_BT = torch.zeros_like(mask_BT), torch.zeros_like(mask_BT)
+    for index in rollout.micro_batches(rows, micro_batch):
+        part = rollout.take(rows, index)
+        width = int(part["length_B"].max())
+        value_BT[index, :width] = model.critic_values(critic, part)
+        fitted_BT[index, :width] = model.critic_values(critic, part, shift) if shift else value_BT[index, :width]
+    weight_BT = token_weights(mask_BT, "token")
+    last_B1 = rows["length_B"][:, None] - 1
+    return {
+        "value_loss": (value_loss(fitted_BT, target_BT) * weight_BT).sum().item(),
+        "explained_variance": explained_variance(fitted_BT, target_BT, mask_BT).item(),
+        "value_first": value_BT[:, 0].mean().item(),
+        "value_last": value_BT.gather(1, last_B1).mean().item(),
+    }
+
+
+def fit(settings, critic, rows, held_out_rows, log):
+    """Offline passes over the rows. Returns: (metrics of the kept pass, its optimiser step)."""
+    optimizer = torch.optim.AdamW(critic.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
+    order = torch.Generator().manual_seed(settings.seed)
+    batches = -(-len(rows["length_B"]) // settings.batch)
+    limit = min(settings.passes * batches, settings.steps or settings.passes * batches)
+    best = {"held_out": measure(critic, held_out_rows, settings.objective, settings.micro_batch), "step": 0, "weights": None}
+    report(log, 0, best["held_out"])
+    step, worse = 0, 0
+    bar = tqdm(total=limit, desc="value: fitting", unit="step", leave=False)
+    while step < limit and worse < settings.patience:
+        permutation = torch.randperm(len(rows["length_B"]), generator=order).to(rows["length_B"].device)
+        for index_N in permutation.split(settings.batch)[: limit - step]:
+            batch = rollout.take(rows, index_N)
+            target_BT, mask_BT, shift = objective_columns(batch, settings.objective)
+            weight_BT = token_weights(mask_BT, "token")  # over the whole batch, before it is split
+            total = 0.0
+            for micro in rollout.micro_batches(batch, settings.micro_batch):
+                value_BT = model.critic_values(critic, rollout.take(batch, micro), shift)
+                width = value_BT.shape[1]
+                loss = (value_loss(value_BT, target_BT[micro, :width]) * weight_BT[micro, :width]).sum()
+                loss.backward()
+                total += loss.item()
+            norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), settings.max_grad_norm).item()
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * min(1.0, (step + 1) / 10)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            bar.update()
+            log.metrics(step, {"train_value_loss": total, "value_grad_norm": norm})
+        now = measure(critic, held_out_rows, settings.objective, settings.micro_batch)
+        report(log, step, now)
+        if now["value_loss"] < best["held_out"]["value_loss"]:
+            weights = {name: weight.detach().clone() for name, weight in critic.state_dict().items()}
+            best, worse = {"held_out": now, "step": step, "weights": weights}, 0
+        else:
+            worse += 1
+        if now["explained_variance"] >= settings.target_explained_variance:
+            break
+    bar.close()
+    if best["weights"] is not None:
+        critic.load_state_dict(best["weights"])
+    return best["held_out"], best["step"]
+
+
+def report(log, step, held_out):
+    """One line on the screen and in the log for a measurement on held-out problems."""
+    log.metrics(step, held_out)
+    tqdm.write(
+        f"value: step {step:4d}   held-out loss {held_out['value_loss']:.4f}   explained variance "
+        f"{held_out['explained_variance']:6.3f}   V first token {held_out['value_first']:.3f}, last {held_out['value_last']:.3f}"
+    )
+
+
+@exit_on_bad_input
+def main(argv=None):
+    """Runs the script; returns the kept critic's held-out metrics, its directory and, where known, the best possible."""
+    started = time.time()
+    settings = parse_settings(Settings, argv, __doc__)
+    if not settings.model:
+        world = toy.build(toy.World())
+        settings = parse_settings(Settings, [f"@{world}/train_value.args", *(sys.argv[1:] if argv is None else argv)], __doc__)
+    settings.check()
+    device = pick_device(settings.device)
+    torch.manual_seed(settings.seed)
+    problems = problem_files.load_problems(settings.train)
+    tokenizer = model.load_tokenizer(settings.model)
+    problem_files.encode_prompts(problems, tokenizer, settings.prompt_template, settings.prompt_length)
+    policy = model.load_policy(settings.model, device)
+    log = Log(settings.out)
+    write_json(Path(settings.out) / "config.json", {"settings": to_argv(settings), "on": describe(device)})
+
+    rows = sampled_answers(settings, policy, tokenizer, problems, device)
+    # Split by problem, not by answer: two answers to one problem share too much.
+    asked = rows["problem_B"].unique()
+    held = asked[torch.randperm(len(asked), generator=torch.Generator().manual_seed(settings.seed)).to(device)]
+    held = held[: max(1, round(settings.held_out * len(held)))]
+    is_held_B = torch.isin(rows["problem_B"], held)
+    fit_rows = rollout.take(rows, (~is_held_B).nonzero()[:, 0])
+    held_out_rows = rollout.take(rows, is_held_B.nonzero()[:, 0])
+
+    critic = model.load_critic(settings.init or settings.model, device, mean_reward=fit_rows["reward_B"].mean().item())
+    metrics, step = fit(settings, critic, fit_rows, held_out_rows, log)
+    if settings.world:
+        mask_BT = rollout.response_mask(held_out_rows)
+        best_BT = toy.best_values(settings.world, problems, tokenizer, fit_rows, held_out_rows).to(device)
+        target_BT = held_out_rows["reward_B"][:, None] * mask_BT
+        metrics["best_explained_variance"] = explained_variance(best_BT, target_BT, mask_BT).item()
+        print(f"value: the best explained variance any critic could have on these answers is {metrics['best_explained_variance']:.3f}")
+    critic_dir = Path(settings.out) / "critic"
+    checkpoint.export(critic, tokenizer, critic_dir)
+    log.close()
+    print(f"value: kept step {step}, explained variance {metrics['explained_variance']:.3f}, in {critic_dir} ({time.time() - started:.0f} s)")
+    return metrics | {"step": step, "critic": str(critic_dir), "seconds": time.time() - started}
+
+
+if __name__ == "__main__":
+    main()

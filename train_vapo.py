@@ -1,0 +1,390 @@
+"""VAPO (arXiv 2504.05118): value-based PPO for long chains of thought with verifiable rewards.
+
+    python train_vapo.py                                             # the embedded world, minutes on a laptop
+    python train_vapo.py --model DIR --train FILE --test FILE        # any causal LM, any JSONL of problems
+    python train_vapo.py --no_length_adaptive_gae                    # without one of the seven pieces
+    python train_vapo.py --resume runs/NAME                          # go on from the last checkpoint
+
+PPO with seven changes, each in its place below and each with a flag:
+1. value pretraining     the critic starts from Monte-Carlo returns of the frozen policy     --no_value_pretraining
+2. decoupled GAE         the critic's targets use λ = 1, the policy's advantages their own    --no_decoupled_gae
+3. length-adaptive GAE   λ_policy = 1 − 1/(α l) for an answer of l tokens                     --no_length_adaptive_gae
+4. token-level loss      every token of the mini-batch weighs the same                        --no_token_level_loss
+5. clip-higher           the ratio may rise further (ε_high) than fall (ε_low)                --no_clip_higher
+6. positive NLL          plus μ times the NLL of the correct answers                          --no_positive_nll
+7. group sampling        few prompts, many samples each; off: as many prompts, one sample     --no_group_sampling
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from tqdm import tqdm
+from transformers import get_constant_schedule_with_warmup
+
+import checkpoint
+import gae
+import logprobs
+import losses
+import model
+import problems as problem_files
+import rollout
+import toy
+import train_value
+from run import Log, RunSettings, describe, exit_on_bad_input, flag, parse_settings, pick_device, require, to_argv, write_json
+
+
+@dataclass(frozen=True)
+class Settings(RunSettings):
+    test: str = flag("", "held-out problems, like --train")
+    out: str = flag("", "run directory; empty: runs/vapo-DATE-TIME")
+    resume: str = flag("", "go on with the run in this directory; of other flags only --steps, --eval_every, --save_every")
+    critic: str = flag("", "critic or reward model to start from; empty: pretrain one (train_value.py)")
+
+    value_pretraining: bool = flag(True, "1: pretrain the critic; off: start from --critic, or from the policy's trunk")
+    decoupled_gae: bool = flag(True, "2: λ of its own for the critic's targets; off: they use the policy's")
+    length_adaptive_gae: bool = flag(True, "3: λ_policy = 1 - 1/(alpha l); off: --lam_policy")
+    token_level_loss: bool = flag(True, "4: every token weighs the same in the policy loss; off: every answer does")
+    clip_higher: bool = flag(True, "5: clip the ratio at 1 + eps_high above; off: at 1 + eps_low")
+    positive_nll: bool = flag(True, "6: add mu times the NLL of the correct answers")
+    group_sampling: bool = flag(True, "7: prompts x samples; off: prompts*samples prompts with one sample each")
+
+    steps: int = flag(20, "rollouts")
+    prompts: int = flag(32, "prompts per rollout (the paper: 512)")
+    samples: int = flag(16, "samples per prompt")
+    mini_batch: int = flag(64, "answers per optimiser step (the paper: 512 of 8192)")
+    lr: float = flag(1e-6, "AdamW learning rate of the policy, constant after the warm-up")
+    critic_lr: float = flag(2e-6, "AdamW learning rate of the critic")
+    warmup: int = flag(10, "optimiser steps of linear warm-up")
+    max_grad_norm: float = flag(1.0, "gradient clipping, of policy and critic each")
+    alpha: float = flag(0.05, "α of length-adaptive GAE; the outcome reaches the first token with weight exp(-1/α)")
+    lam_policy: float = flag(0.95, "λ of the policy's advantages without length-adaptive GAE")
+    lam_critic: float = flag(1.0, "λ of the critic's targets")
+    eps_low: float = flag(0.2, "lower clip range")
+    eps_high: float = flag(0.28, "upper clip range")
+    mu: float = flag(0.1, "weight of the positive-example NLL")
+    value_clip: float = flag(0.0, "clip range of the value loss around the old values; 0: none")
+    whiten: bool = flag(False, "whiten the advantages over the rollout")
+    reward_correct: float = flag(1.0, "reward of a correct answer")
+    reward_wrong: float = flag(0.0, "reward of a wrong answer")
+
+    pretrain_answers: int = flag(4096, "value pretraining: answers sampled from the frozen policy")
+    pretrain_lr: float = flag(2e-6, "value pretraining: learning rate")
+    pretrain_passes: int = flag(10, "value pretraining: most passes over the answers")
+    pretrain_steps: int = flag(0, "value pretraining: most optimiser steps (the paper: 50); 0: no limit but the passes")
+
+    eval_every: int = flag(5, "rollouts between evaluations; 0: only before and after")
+    eval_samples: int = flag(8, "samples per test problem in an evaluation")
+    save_every: int = flag(5, "rollouts between checkpoints; 0: only at the end")
+
+    def check(self):
+        super().check()
+        for name in ("prompts", "samples", "mini_batch", "pretrain_answers", "pretrain_passes", "eval_samples"):
+            require(getattr(self, name) >= 1, f"--{name} must be at least 1")
+        for name in ("steps", "warmup", "mu", "value_clip", "eval_every", "save_every", "pretrain_steps"):
+            require(getattr(self, name) >= 0, f"--{name} must not be negative")
+        for name in ("lr", "critic_lr", "pretrain_lr", "max_grad_norm", "alpha", "eps_high"):
+            require(getattr(self, name) > 0, f"--{name} must be positive")
+        for name in ("lam_policy", "lam_critic"):
+            require(0 <= getattr(self, name) <= 1, f"--{name} must be between 0 and 1")
+        require(0 < self.eps_low < 1, "--eps_low must be between 0 and 1")
+        require(bool(self.test), 'give --test FILE: held-out problems, a JSONL of {"problem": ..., "answer": ...}')
+
+
+def compute_advantages(rows, settings):
+    """Adds reward_BT, lam_B, adv_BT and target_BT to rows that have old_value_BT; returns the rows."""
+    mask_BT = rollout.response_mask(rows)
+    rows["reward_BT"] = gae.terminal_reward(rows["reward_B"], rows["length_B"], mask_BT.shape[1])
+    if settings.length_adaptive_gae:  # piece 3
+        lam_B = gae.length_adaptive_lambda(rows["length_B"], settings.alpha)
+    else:
+        lam_B = torch.full_like(rows["reward_B"], settings.lam_policy)
+    lam_critic = settings.lam_critic if settings.decoupled_gae else lam_B  # piece 2
+    rows["lam_B"] = lam_B
+    rows["adv_BT"], rows["target_BT"] = gae.decoupled_gae(
+        rows["reward_BT"], rows["old_value_BT"], mask_BT, lam_policy=lam_B, lam_critic=lam_critic
+    )
+    if settings.whiten:
+        rows["adv_BT"] = gae.whiten(rows["adv_BT"], mask_BT)
+    return rows
+
+
+def add_weights(batch, settings):
+    """Adds the weights of the three losses to the rows of one optimiser mini-batch; returns the batch.
+
+    Each sums to one over the whole mini-batch, so they must be made before it is split into micro-batches.
+    """
+    mask_BT = rollout.response_mask(batch)
+    batch["policy_weight_BT"] = losses.token_weights(mask_BT, "token" if settings.token_level_loss else "sample")  # piece 4
+    batch["critic_weight_BT"] = losses.token_weights(mask_BT, "token")
+    batch["nll_weight_BT"] = losses.token_weights(mask_BT * batch["correct_B"][:, None], "token")  # piece 6
+    return batch
+
+
+def backward(policy, critic, batch, settings, kernels):
+    """Accumulates both models' gradients over one mini-batch with weights; returns its metrics (sums over the split)."""
+    eps_high = settings.eps_high if settings.clip_higher else settings.eps_low  # piece 5
+    mu = settings.mu if settings.positive_nll else 0.0  # piece 6
+    sums = {"policy_loss": 0.0, "nll_loss": 0.0, "value_loss": 0.0}
+    ratio_max, ratio_sums = 1.0, {"clip_low": 0.0, "clip_high": 0.0, "approx_kl": 0.0}
+    for index in rollout.micro_batches(batch, settings.micro_batch):
+        micro = rollout.take(batch, index)
+        mask_BT = rollout.response_mask(micro)
+
+        value_BT = model.critic_values(critic, micro)
+        value_clip = settings.value_clip or None
+        value_loss_BT = kernels.value_loss(value_BT, micro["target_BT"], micro["old_value_BT"], value_clip)
+        value_loss = (value_loss_BT * micro["critic_weight_BT"]).sum()
+        value_loss.backward()
+
+        logp_BT, _ = model.policy_logprobs(policy, micro, settings.temperature, kernels.chunk_logprobs)
+        policy_loss_BT = kernels.policy_loss(logp_BT, micro["old_logp_BT"], micro["adv_BT"], settings.eps_low, eps_high)
+        policy_loss = (policy_loss_BT * micro["policy_weight_BT"]).sum()
+        nll_loss = (losses.nll_loss(logp_BT) * micro["nll_weight_BT"]).sum()
+        (policy_loss + mu * nll_loss).backward()
+
+        for name, loss in (("policy_loss", policy_loss), ("nll_loss", nll_loss), ("value_loss", value_loss)):
+            sums[name] += loss.item()
+        ratios = losses.ratio_metrics(logp_BT, micro["old_logp_BT"], micro["adv_BT"], mask_BT, settings.eps_low, eps_high)
+        ratio_max = max(ratio_max, ratios.pop("ratio_max").item())
+        for name, total in ratios.items():
+            ratio_sums[name] += total.item()
+    tokens = int(batch["length_B"].sum())
+    return sums | {name: total / tokens for name, total in ratio_sums.items()} | {"ratio_max": ratio_max}
+
+
+@torch.no_grad()
+def old_logprobs_and_values(policy, critic, rows, settings, kernels):
+    """Adds old_logp_BT, entropy_BT and old_value_BT, from the same code as training: the first ratio is 1."""
+    for name in ("old_logp_BT", "entropy_BT", "old_value_BT"):
+        rows[name] = torch.zeros_like(rows["sampled_logp_BT"])
+    for index in rollout.micro_batches(rows, 4 * settings.micro_batch):
+        part = rollout.take(rows, index)
+        width = int(part["length_B"].max())
+        logp_BT, entropy_BT = model.policy_logprobs(policy, part, settings.temperature, kernels.chunk_logprobs)
+        rows["old_logp_BT"][index, :width], rows["entropy_BT"][index, :width] = logp_BT, entropy_BT
+        rows["old_value_BT"][index, :width] = model.critic_values(critic, part)
+    return rows
+
+
+def rollout_metrics(rows):
+    """What is known of a rollout before the update (the glossary in the README defines each name)."""
+    mask_BT = rollout.response_mask(rows)
+    tokens = mask_BT.sum()
+    last_B1 = rows["length_B"][:, None] - 1
+    return {
+        "reward": rows["reward_B"].mean(),
+        "accuracy": rows["correct_B"].float().mean(),
+        "length": rows["length_B"].float().mean(),
+        "length_max": rows["length_B"].max(),
+        "truncated": 1 - rows["stop_B"].float().mean(),
+        "entropy": (rows["entropy_BT"] * mask_BT).sum() / tokens,
+        "sampler_gap": ((rows["sampled_logp_BT"] - rows["old_logp_BT"]).abs() * mask_BT).sum() / tokens,
+        "explained_variance": gae.explained_variance(rows["old_value_BT"], rows["reward_B"][:, None] * mask_BT, mask_BT),
+        "value_first": rows["old_value_BT"][:, 0].mean(),
+        "value_last": rows["old_value_BT"].gather(1, last_B1).mean(),
+        "advantage": (rows["adv_BT"] * mask_BT).sum() / tokens,
+        "lambda_min": rows["lam_B"].min(),
+        "lambda": rows["lam_B"].mean(),
+        "lambda_max": rows["lam_B"].max(),
+    }  # fmt: skip
+
+
+def next_problems(problems, count, order):
+    """The next `count` problems of an endless shuffle; `order` (generator, queue) remembers where it stands."""
+    while len(order["queue"]) < count:
+        order["queue"] += torch.randperm(len(problems), generator=order["generator"]).tolist()
+    chosen, order["queue"] = order["queue"][:count], order["queue"][count:]
+    return [problems[i] for i in chosen]
+
+
+def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems, log, state):
+    """The run, from prompt to gradient. `state` is a checkpoint to go on from, or None. Returns: (before, after), metrics."""
+    device = policy.device
+    compiled = settings.compile if settings.compile is not None else device.type == "cuda"
+    wrap = (lambda kernel: torch.compile(kernel, dynamic=True)) if compiled else (lambda kernel: kernel)
+    kernels = SimpleNamespace(
+        chunk_logprobs=wrap(logprobs.chunk_logprobs), policy_loss=wrap(losses.policy_loss), value_loss=wrap(losses.value_loss)
+    )
+    learners = {}
+    for name, network, lr in (("policy", policy, settings.lr), ("critic", critic, settings.critic_lr)):
+        optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.0, fused=True)
+        scheduler = get_constant_schedule_with_warmup(optimizer, settings.warmup)
+        learners |= {name: network, f"{name}_optimizer": optimizer, f"{name}_scheduler": scheduler}
+    generators = {
+        "order": torch.Generator().manual_seed(settings.seed),
+        "sample": torch.Generator(device).manual_seed(settings.seed),
+        "mini_batch": torch.Generator().manual_seed(settings.seed),
+    }
+    order = {"generator": generators["order"], "queue": []}
+
+    def evaluate(step):
+        started = time.time()
+        metrics, rows = rollout.evaluate(
+            policy, tokenizer, test_problems, settings.eval_samples, settings, settings.seed, progress=f"evaluation {step}"
+        )
+        log.samples(step, describe_samples(critic, tokenizer, test_problems, rows, settings.eval_samples))
+        log.metrics(step, {f"test_{name}": value for name, value in metrics.items()} | {"seconds_eval": time.time() - started})
+        return metrics
+
+    def save(step):
+        saved = {name: learner.state_dict() for name, learner in learners.items()}
+        saved |= {f"{name}_generator": generator.get_state() for name, generator in generators.items()}
+        checkpoint.save(run_dir, saved | {"step": step, "queue": order["queue"], "before": before, "after": after})
+
+    if state is None:
+        first, before = 0, evaluate(0)
+        after = before
+        save(0)
+    else:
+        for name, learner in learners.items():
+            learner.load_state_dict(state[name])
+        for name, generator in generators.items():
+            generator.set_state(state[f"{name}_generator"])
+        order["queue"], first, before, after = state["queue"], state["step"], state["before"], state["after"]
+
+    bar = tqdm(range(first + 1, settings.steps + 1), initial=first, total=settings.steps, desc="VAPO", unit="rollout")
+    for step in bar:
+        clock = [time.time()]
+        # Piece 7, group sampling: few prompts with many samples each, or as many answers to as many prompts.
+        prompts, samples = (settings.prompts, settings.samples) if settings.group_sampling else (settings.prompts * settings.samples, 1)
+        asked = next_problems(problems, prompts, order)
+        rows = rollout.sample(
+            policy, tokenizer, asked, samples, settings.response_length, settings.temperature, generators["sample"],
+            settings.sample_rows, progress="sampling",
+        )  # fmt: skip
+        clock.append(time.time())
+        # The verifier's verdict is the reward of the last token; pieces 2 and 3 make advantages and targets of it.
+        rollout.judge(rows, tokenizer, asked, settings.reward_correct, settings.reward_wrong)
+        old_logprobs_and_values(policy, critic, rows, settings, kernels)
+        compute_advantages(rows, settings)
+        clock.append(time.time())
+
+        # Several optimiser steps a rollout: the ratio moves away from 1. Pieces 4, 5 and 6 are in the losses.
+        updates = []
+        for index in torch.randperm(len(rows["length_B"]), generator=generators["mini_batch"]).split(settings.mini_batch):
+            batch = add_weights(rollout.take(rows, index.to(device)), settings)
+            metrics = backward(policy, critic, batch, settings, kernels)
+            for name in ("critic", "policy"):
+                parameters = learners[name].parameters()
+                metrics[f"{name}_grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
+                learners[f"{name}_optimizer"].step()
+                learners[f"{name}_scheduler"].step()
+                learners[f"{name}_optimizer"].zero_grad()
+            updates.append(metrics)
+        clock.append(time.time())
+
+        numbers = rollout_metrics(rows) | {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+        numbers["ratio_max"] = max(u["ratio_max"] for u in updates)
+        seconds = [end - start for start, end in zip(clock, clock[1:])]
+        numbers |= dict(zip(("seconds_sample", "seconds_score", "seconds_update"), seconds))
+        tokens = int(rows["length_B"].sum())
+        numbers["sample_tokens_per_second"], numbers["train_tokens_per_second"] = tokens / seconds[0], tokens / seconds[2]
+        numbers["gradient_steps"] = step * len(updates)
+        log.metrics(step, numbers)
+        bar.set_postfix(accuracy=f"{numbers['accuracy']:.2f}", length=f"{numbers['length']:.0f}", ev=f"{numbers['explained_variance']:.2f}")
+
+        last = step == settings.steps
+        if last or (settings.eval_every and step % settings.eval_every == 0):
+            after = evaluate(step)
+        if last or (settings.save_every and step % settings.save_every == 0):
+            save(step)
+    return before, after
+
+
+@torch.no_grad()
+def describe_samples(critic, tokenizer, problems, rows, samples):
+    """The first two answers to the first four problems, with the verdict and V at every token, for samples.jsonl."""
+    index = [i for i in range(min(4 * samples, len(rows["length_B"]))) if i % samples < 2]
+    part = rollout.take(rows, torch.tensor(index, device=rows["length_B"].device))
+    value_BT = model.critic_values(critic, part)
+    described = []
+    for i, text in enumerate(rollout.texts(part, tokenizer)):
+        problem = problems[int(part["problem_B"][i])]
+        described.append({
+            "problem": problem["problem"], "answer": problem["answer"], "response": text,
+            "correct": bool(part["correct_B"][i]), "finish": "stop" if part["stop_B"][i] else "length",
+            "values": [round(value, 4) for value in value_BT[i, : int(part["length_B"][i])].tolist()],
+        })  # fmt: skip
+    return described
+
+
+def pretrained_critic(settings, run_dir):
+    """The directory of a critic pretrained by `train_value.py` for this run: piece 1."""
+    critic_dir = Path(run_dir) / "value" / "critic"
+    if not critic_dir.exists():  # a run that was stopped after it need not repeat it
+        shared = {f.name: getattr(settings, f.name) for f in fields(RunSettings)}
+        own = {n.removeprefix("pretrain_"): v for n, v in asdict(settings).items() if n.startswith("pretrain_")}
+        value_settings = train_value.Settings(**shared, **own, out=str(critic_dir.parent))
+        train_value.main(to_argv(value_settings))
+    return critic_dir
+
+
+def resolve(argv):
+    """Flags → (settings, run directory, checkpoint or None). No --model: the embedded world, and what suits it."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    settings = parse_settings(Settings, argv, __doc__)
+    if settings.resume:
+        run_dir = Path(settings.resume)
+        require((run_dir / "config.json").is_file(), f"--resume {run_dir}: not a run directory (no config.json in it)")
+        saved_argv = json.loads((run_dir / "config.json").read_text())["settings"]
+        saved = asdict(parse_settings(Settings, saved_argv, __doc__))
+        settings = parse_settings(Settings, saved_argv + argv, __doc__)
+        changed = [name for name, value in asdict(settings).items() if value != saved[name]]
+        changed = [name for name in changed if name not in ("resume", "steps", "eval_every", "save_every")]
+        require(not changed, f"--resume goes on with the run's own settings: --{' and --'.join(changed)} cannot change")
+        return settings, run_dir, checkpoint.load(run_dir)
+    if not settings.model:
+        world = toy.build(toy.World())
+        settings = parse_settings(Settings, [f"@{world}/train_vapo.args", *argv], __doc__)
+    run_dir = Path(settings.out or time.strftime("runs/vapo-%Y%m%d-%H%M%S"))
+    require(not (run_dir / "config.json").exists(), f"{run_dir} holds a run: --resume {run_dir} goes on with it, or give another --out")
+    return settings, run_dir, None
+
+
+@exit_on_bad_input
+def main(argv=None):
+    """Runs the script; returns the final metrics: accuracy, greedy_accuracy, length and truncated on the test problems,
+    each also as `before_…`, and run_dir."""
+    started = time.time()
+    settings, run_dir, state = resolve(argv)
+    settings.check()
+    device = pick_device(settings.device)
+    torch.manual_seed(settings.seed)
+    tokenizer = model.load_tokenizer(settings.model)
+    data = []
+    for path in (settings.train, settings.test):
+        loaded = problem_files.load_problems(path)
+        data.append(problem_files.encode_prompts(loaded, tokenizer, settings.prompt_template, settings.prompt_length))
+    policy = model.load_policy(settings.model, device)
+    if state is None:
+        write_json(run_dir / "config.json", {"settings": to_argv(settings), "on": describe(device)})
+    print(json.dumps(json.loads((run_dir / "config.json").read_text())))
+
+    if settings.value_pretraining and not settings.critic:  # piece 1
+        critic = model.load_critic(pretrained_critic(settings, run_dir), device)
+    else:
+        critic = model.load_critic(settings.critic or settings.model, device)
+    log = Log(run_dir, after=state["step"] if state else -1)
+    before, after = train(settings, run_dir, policy, critic, tokenizer, *data, log, state)
+    log.close()
+    checkpoint.export(policy, tokenizer, run_dir / "policy")
+    checkpoint.export(critic, tokenizer, run_dir / "critic")
+
+    names = {
+        "accuracy": f"accuracy, avg@{settings.eval_samples} at T = {settings.temperature:g}", "greedy_accuracy": "greedy accuracy",
+        "length": "mean response length (tokens)", "truncated": "share of truncated answers",
+    }  # fmt: skip
+    print(f"\n{f'{len(data[1])} test problems':36s} {'before':>8s} {'after':>8s}")
+    for name, title in names.items():
+        print(f"{title:36s} {before[name]:8.3f} {after[name]:8.3f}")
+    print(f"\nrun directory: {run_dir}   ({time.time() - started:.0f} s)")
+    return after | {f"before_{name}": value for name, value in before.items()} | {"run_dir": str(run_dir)}
+
+
+if __name__ == "__main__":
+    main()
