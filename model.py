@@ -131,7 +131,8 @@ def policy_logprobs(policy, rows, temperature, kernel=logprobs.chunk_logprobs):
 def critic_values(critic, rows, shift=0):
     """value_BT: V of the state before each response token, float32 (`shift=1`: after it, where a reward model scores)."""
     with autocast(critic.device):
-        return value_head(critic)(response_hidden(critic.base_model, rows, shift))[..., 0].float()
+        hidden_BTD = response_hidden(critic.base_model, rows, shift)
+    return value_head(critic)(hidden_BTD.float())[..., 0]
 
 
 def response_tokens(rows):

@@ -57,9 +57,7 @@ def sample_together(policy, prompts, samples, max_tokens, temperature, generator
     position_RL = (mask_RL.cumsum(dim=1) - 1).clamp(min=0)
 
     with autocast(device):
-        output = policy(
-            input_ids=prompt_PL, attention_mask=mask_RL.long(), position_ids=position_RL, use_cache=True, logits_to_keep=1
-        )
+        output = policy(input_ids=prompt_PL, attention_mask=mask_RL.long(), position_ids=position_RL, use_cache=True, logits_to_keep=1)
     cache = output.past_key_values
     cache.batch_repeat_interleave(samples)
     logit_RV = output.logits[:, -1].repeat_interleave(samples, dim=0)
@@ -190,7 +188,7 @@ def evaluate(policy, tokenizer, problems, samples, settings, seed, progress=None
         truncated (share cut at the limit), and the judged sampled rows.
     """
     generator = torch.Generator(policy.device).manual_seed(seed)
-    common = dict(max_tokens=settings.response_length, generator=generator, sample_rows=settings.sample_rows)
+    common = {"max_tokens": settings.response_length, "generator": generator, "sample_rows": settings.sample_rows}
     rows = sample(policy, tokenizer, problems, samples, temperature=settings.temperature, progress=progress, **common)
     greedy = sample(policy, tokenizer, problems, 1, temperature=0.0, progress=progress and progress + " (greedy)", **common)
     judge(rows, tokenizer, problems)

@@ -4,13 +4,15 @@ A run directory holds config.json (settings, revision, versions), metrics.jsonl 
 TensorBoard in tb/, samples.jsonl (a few answers an evaluation), checkpoint/ (to resume from), policy/ and critic/.
 """
 
+import argparse
 import functools
 import json
 import math
 import platform
+import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -84,26 +86,39 @@ def parse_settings(settings_class, argv, description):
 
     A flag given twice counts as given last. Unknown flags and values of a wrong type end with one line and exit code 2.
     """
-    parser = HfArgumentParser(
+    parser = Parser(
         settings_class, description=description, fromfile_prefix_chars="@", allow_abbrev=False,
-        formatter_class=HelpFormatter,
+        formatter_class=HelpFormatter, usage="python %(prog)s [@FILE with flags] [--flag value] ...",
     )  # fmt: skip
-    parser.error = lambda message: (_ for _ in ()).throw(BadInput(f"{message} (see --help)"))
-    namespace = parser.parse_args(argv)
-    return settings_class(**vars(namespace))
+    return settings_class(**vars(parser.parse_args(argv)))
 
 
-class HelpFormatter(transformers.hf_argparser.ArgumentDefaultsHelpFormatter):
-    """Shows each flag once, as --its_name, and no default where there is none to show."""
+class Parser(HfArgumentParser):
+    def error(self, message):
+        raise BadInput(f"{message} (see --help)")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the description's lines; one line a flag, `--[no_]flag` for what is on by default."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=28, width=150)
+
+    def _fill_text(self, text, width, indent):
+        return text
+
+    def _format_action(self, action):
+        return "" if action.option_strings[0].startswith("--no_") else super()._format_action(action)
 
     def _format_action_invocation(self, action):
-        names = [name for name in action.option_strings if "-" not in name.lstrip("-")]
-        return ", ".join(names or action.option_strings) + (" X" if action.nargs is None and action.type else "")
+        name = action.option_strings[0].removeprefix("--")
+        if action.default is True:
+            return f"--[no_]{name}"
+        return f"--{name}" if action.option_strings[0].startswith("--") else "-h, --help"
 
     def _get_help_string(self, action):
-        help_text = action.help or ""
-        long_or_none = action.default in (None, "") or len(str(action.default)) > 60
-        return help_text if long_or_none or action.option_strings[0] == "-h" else super()._get_help_string(action)
+        obvious = action.default in (None, "", argparse.SUPPRESS) or action.default is True or len(str(action.default)) > 60
+        return action.help if obvious else super()._get_help_string(action)
 
 
 def to_argv(settings):
@@ -148,7 +163,8 @@ def write_json(path, value):
 class Log:
     """metrics.jsonl, TensorBoard and samples.jsonl of one run.
 
-    A run that goes on from step `after` drops the lines of later steps first, so no step is there twice.
+    A run that goes on from step `after` first drops the lines of later steps, so no step is there twice; a new run
+    (`after` = -1) drops them all.
     """
 
     def __init__(self, run_dir, after=-1):
@@ -156,6 +172,8 @@ class Log:
 
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        if after < 0:
+            shutil.rmtree(self.run_dir / "tb", ignore_errors=True)
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.run_dir / name
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, LlamaConfig, LlamaForCausalLM, get_linear_schedule_with_warmup
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_linear_schedule_with_warmup
 
 from checkpoint import export
 from run import BadInput, exit_on_bad_input, flag, parse_settings, write_json
@@ -42,8 +42,8 @@ class World:
     out: str = flag("runs/toy", "directory to write the world into")
     seed: int = flag(0, "seed of the map, the problems, the demonstrations and the model")
     min_steps: int = flag(2, "fewest steps in a problem")
-    max_steps: int = flag(48, "most steps in a problem; steps are log-uniform")
-    slip: float = flag(0.07, "share of demonstrated steps that slip to a wrong letter")
+    max_steps: int = flag(64, "most steps in a problem; steps are log-uniform")
+    slip: float = flag(0.06, "share of demonstrated steps that slip to a wrong letter")
     redo: float = flag(0.3, "share of slips that are noticed and redone")
     guess: float = flag(0.3, "share of demonstrations that guess without working")
     train_problems: int = flag(1024, "problems to train on")
@@ -230,7 +230,7 @@ def best_values(world_dir, problems, tokenizer, fit_rows, rows):
 SETTINGS = {
     "common": {"prompt_template": "{problem}:", "prompt_length": 8, "micro_batch": 32},
     "train_value": {"lr": 1e-3, "answers": 4096, "samples": 8},
-    "train_vapo": {"lr": 2e-4, "critic_lr": 5e-4, "alpha": 0.5, "pretrain_lr": 1e-3, "pretrain_answers": 4096},
+    "train_vapo": {"lr": 4e-4, "critic_lr": 5e-4, "alpha": 0.5, "pretrain_lr": 1e-3, "pretrain_answers": 4096},
 }
 
 

@@ -149,9 +149,11 @@ def fit(settings, critic, rows, held_out_rows, log):
             optimizer.zero_grad()
             step += 1
             bar.update()
-            log.metrics(step, {"train_value_loss": total, "value_grad_norm": norm})
+            numbers = {"train_value_loss": total, "value_grad_norm": norm}
+            if step < limit and step % batches:
+                log.metrics(step, numbers)
         now = measure(critic, held_out_rows, settings.objective, settings.micro_batch)
-        report(log, step, now)
+        report(log, step, numbers | now)
         if now["value_loss"] < best["held_out"]["value_loss"]:
             weights = {name: weight.detach().clone() for name, weight in critic.state_dict().items()}
             best, worse = {"held_out": now, "step": step, "weights": weights}, 0
@@ -165,12 +167,12 @@ def fit(settings, critic, rows, held_out_rows, log):
     return best["held_out"], best["step"]
 
 
-def report(log, step, held_out):
-    """One line on the screen and in the log for a measurement on held-out problems."""
-    log.metrics(step, held_out)
+def report(log, step, numbers):
+    """One line in the log and on the screen for a measurement on held-out problems."""
+    log.metrics(step, numbers)
     tqdm.write(
-        f"value: step {step:4d}   held-out loss {held_out['value_loss']:.4f}   explained variance "
-        f"{held_out['explained_variance']:6.3f}   V first token {held_out['value_first']:.3f}, last {held_out['value_last']:.3f}"
+        f"value: step {step:4d}   held-out loss {numbers['value_loss']:.4f}   explained variance "
+        f"{numbers['explained_variance']:6.3f}   V first token {numbers['value_first']:.3f}, last {numbers['value_last']:.3f}"
     )
 
 
@@ -212,7 +214,9 @@ def main(argv=None):
     critic_dir = Path(settings.out) / "critic"
     checkpoint.export(critic, tokenizer, critic_dir)
     log.close()
-    print(f"value: kept step {step}, explained variance {metrics['explained_variance']:.3f}, in {critic_dir} ({time.time() - started:.0f} s)")
+    print(
+        f"value: kept step {step}, explained variance {metrics['explained_variance']:.3f}, in {critic_dir} ({time.time() - started:.0f} s)"
+    )
     return metrics | {"step": step, "critic": str(critic_dir), "seconds": time.time() - started}
 
 

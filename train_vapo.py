@@ -53,7 +53,7 @@ class Settings(RunSettings):
     positive_nll: bool = flag(True, "6: add mu times the NLL of the correct answers")
     group_sampling: bool = flag(True, "7: prompts x samples; off: prompts*samples prompts with one sample each")
 
-    steps: int = flag(20, "rollouts")
+    steps: int = flag(30, "rollouts")
     prompts: int = flag(32, "prompts per rollout (the paper: 512)")
     samples: int = flag(16, "samples per prompt")
     mini_batch: int = flag(64, "answers per optimiser step (the paper: 512 of 8192)")
@@ -228,8 +228,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
             policy, tokenizer, test_problems, settings.eval_samples, settings, settings.seed, progress=f"evaluation {step}"
         )
         log.samples(step, describe_samples(critic, tokenizer, test_problems, rows, settings.eval_samples))
-        log.metrics(step, {f"test_{name}": value for name, value in metrics.items()} | {"seconds_eval": time.time() - started})
-        return metrics
+        return metrics, {f"test_{name}": value for name, value in metrics.items()} | {"seconds_eval": time.time() - started}
 
     def save(step):
         saved = {name: learner.state_dict() for name, learner in learners.items()}
@@ -237,8 +236,9 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
         checkpoint.save(run_dir, saved | {"step": step, "queue": order["queue"], "before": before, "after": after})
 
     if state is None:
-        first, before = 0, evaluate(0)
+        first, (before, numbers) = 0, evaluate(0)
         after = before
+        log.metrics(0, numbers)
         save(0)
     else:
         for name, learner in learners.items():
@@ -285,12 +285,13 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
         tokens = int(rows["length_B"].sum())
         numbers["sample_tokens_per_second"], numbers["train_tokens_per_second"] = tokens / seconds[0], tokens / seconds[2]
         numbers["gradient_steps"] = step * len(updates)
-        log.metrics(step, numbers)
         bar.set_postfix(accuracy=f"{numbers['accuracy']:.2f}", length=f"{numbers['length']:.0f}", ev=f"{numbers['explained_variance']:.2f}")
 
         last = step == settings.steps
         if last or (settings.eval_every and step % settings.eval_every == 0):
-            after = evaluate(step)
+            after, tested = evaluate(step)
+            numbers |= tested
+        log.metrics(step, numbers)
         if last or (settings.save_every and step % settings.save_every == 0):
             save(step)
     return before, after
@@ -363,7 +364,7 @@ def main(argv=None):
     policy = model.load_policy(settings.model, device)
     if state is None:
         write_json(run_dir / "config.json", {"settings": to_argv(settings), "on": describe(device)})
-    print(json.dumps(json.loads((run_dir / "config.json").read_text())))
+    print("VAPO:", ", ".join(f"{name} {value}" for name, value in describe(device).items()))
 
     if settings.value_pretraining and not settings.critic:  # piece 1
         critic = model.load_critic(pretrained_critic(settings, run_dir), device)

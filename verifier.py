@@ -26,15 +26,14 @@ NOISE = re.compile(r"\\left|\\right|\\[,;:! ]|\\quad|\\(?=[%$#&])|[$*`~]|\\\(|\\
 UNIT = re.compile(r"(?<=\d)\s*(?:\^?\{?\\circ\}?|°|\s[A-Za-z]{2,}(?:[ /][A-Za-z]+){0,3})$")
 THOUSANDS = re.compile(r"(?<![\d.])[+-]?\d{1,3}(?:,\d{3})+(?!\d)")
 LATEX_FRACTION = re.compile(r"\\[dtc]?frac\s?(?:\{([^{}]+)\}|(\d))\s?(?:\{([^{}]+)\}|(\d))")
+SPACE = re.compile(r"(?<!\d) | (?!\d)")  # one between two digits separates two numbers
 NUMBER = re.compile(r"([+-]?)(?:(\d{1,100})\s+)?(\d{1,100}(?:\.\d{0,100})?|\.\d{1,100})(?:/(\d{1,100}(?:\.\d{1,100})?))?(%?)")
 
 
 def extract_answer(text):
     """The last answer stated in a model's text, stripped, or None where none is stated or the last one is cut off."""
     text = SPECIAL_TOKEN.sub("", text[-TAIL:])
-    found = None
-    for found in STATEMENT.finditer(text):
-        pass
+    *_, found = [None, *STATEMENT.finditer(text)]
     if found is None:
         return None
     rest = text[found.end() :]
@@ -93,12 +92,12 @@ def rational(answer):
 
 
 def equal(stated, reference):
-    """Whether two stated answers are the same number or, where one is no number, the same normalised string."""
+    """Whether two stated answers are the same number or, where neither is a number, the same string but for spaces."""
     stated, reference = normalise(stated), normalise(reference)
     number, reference_number = rational(stated), rational(reference)
-    if number is not None and reference_number is not None:
+    if number is not None or reference_number is not None:
         return number == reference_number
-    return stated.replace(" ", "") == reference.replace(" ", "")
+    return SPACE.sub("", stated) == SPACE.sub("", reference)
 
 
 def verify(text, answer):

@@ -1,0 +1,126 @@
+"""train_value.py: what is fitted, where it starts, when it stops."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import model
+import rollout
+import train_value
+
+SMALL = ["--answers=1024", "--samples=8", "--passes=4", "--lr=3e-3", "--patience=4", "--micro_batch=64"]
+
+
+def value_run(world, out, *flags):
+    return train_value.main([f"@{world}/train_value.args", *SMALL, f"--out={out}", *flags])
+
+
+def rows_of(world, device="cpu"):
+    stored = torch.load(Path(world) / "answers.pt", map_location=device, weights_only=True)
+    return rollout.take(stored["rows"], torch.arange(8, device=device))
+
+
+@pytest.fixture(scope="module")
+def run(world, tmp_path_factory):
+    """One run of value pretraining: (its directory, the metrics it returned)."""
+    out = tmp_path_factory.mktemp("value")
+    return out, value_run(world, out)
+
+
+def test_pretraining_moves_the_critic_and_never_the_policy(world, tmp_path):
+    digest = hashlib.sha256((world / "base" / "model.safetensors").read_bytes()).hexdigest()
+    metrics = value_run(world, tmp_path)
+    assert hashlib.sha256((world / "base" / "model.safetensors").read_bytes()).hexdigest() == digest
+    critic = model.load_critic(metrics["critic"], torch.device("cpu"))
+    policy = model.load_policy(str(world / "base"), torch.device("cpu"))
+    assert not torch.equal(critic.model.layers[0].mlp.up_proj.weight, policy.model.layers[0].mlp.up_proj.weight)
+    assert critic.score.weight.abs().sum() > 0
+
+
+def test_pretraining_beats_a_constant_and_no_critic_beats_the_best(run):
+    _, metrics = run
+    assert 0.05 < metrics["explained_variance"] < metrics["best_explained_variance"] <= 1
+
+
+def test_every_pass_is_measured_and_logged(run):
+    out, metrics = run
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(lines[-1]["step"] + 1))
+    passes = [line for line in lines if "explained_variance" in line]
+    assert len(passes) == 5 and {"value_loss", "value_first", "value_last"} <= passes[-1].keys()
+    assert min(line["value_loss"] for line in passes) == pytest.approx(metrics["value_loss"], abs=1e-6)
+
+
+def test_value_looks_before_every_token_and_reward_after_the_last():
+    rows = {"length_B": torch.tensor([3, 1]), "reward_B": torch.tensor([1.0, 2.0])}
+    target_BT, mask_BT, shift = train_value.objective_columns(rows, "value")
+    assert target_BT.tolist() == [[1, 1, 1], [2, 0, 0]] and mask_BT.tolist() == [[1, 1, 1], [1, 0, 0]] and shift == 0
+    _, mask_BT, shift = train_value.objective_columns(rows, "reward")
+    assert mask_BT.tolist() == [[0, 0, 1], [1, 0, 0]] and shift == 1
+
+
+def test_a_reward_model_is_worse_than_a_critic_before_the_end(world, run, tmp_path):
+    out, metrics = run
+    reward = value_run(world, tmp_path, "--objective=reward", f"--reuse_answers={out}/answers.pt")
+    critic = model.load_critic(reward["critic"], torch.device("cpu"))
+    rows = rollout.take(torch.load(out / "answers.pt", weights_only=True)["rows"], torch.arange(1024))
+    as_critic = train_value.measure(critic, rows, "value", 64)
+    assert as_critic["explained_variance"] < metrics["explained_variance"]
+    assert reward["explained_variance"] > as_critic["explained_variance"]
+
+
+def test_stored_answers_are_used_again_and_only_for_the_same_run(world, run, tmp_path, monkeypatch, capsys):
+    out, _ = run
+    monkeypatch.setattr(rollout, "sample", lambda *_, **__: pytest.fail("sampled again"))
+    value_run(world, tmp_path, "--passes=1", f"--reuse_answers={out}/answers.pt")
+    with pytest.raises(SystemExit) as stop:
+        value_run(world, tmp_path, "--temperature=0.5", f"--reuse_answers={out}/answers.pt")
+    assert stop.value.code == 2 and "another temperature" in capsys.readouterr().err
+
+
+def test_it_stops_at_the_target_or_at_steps(world, run, tmp_path):
+    out, _ = run
+    lines = {}
+    for name, flag in (("target", "--target_explained_variance=-5"), ("steps", "--steps=2")):
+        value_run(world, tmp_path / name, flag, f"--reuse_answers={out}/answers.pt")
+        lines[name] = [json.loads(line)["step"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    assert lines["steps"] == [0, 1, 2]
+    assert lines["target"][-1] == 15  # one pass over 115 problems with 8 answers each, in batches of 64
+
+
+def test_it_stops_when_the_held_out_loss_rises_and_keeps_the_best_pass(world, run, tmp_path):
+    out, _ = run
+    metrics = value_run(world, tmp_path, "--passes=50", "--lr=0.2", "--patience=1", f"--reuse_answers={out}/answers.pt")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    passes = [line for line in lines if "value_loss" in line]
+    assert len(passes) < 50 and passes[-1]["value_loss"] >= metrics["value_loss"]
+    assert metrics["value_loss"] == pytest.approx(min(line["value_loss"] for line in passes), abs=1e-6)
+
+
+def test_critic_from_a_policy_starts_at_the_mean_reward(world, run, device):
+    critic = model.load_critic(str(world / "base"), device, mean_reward=0.25)
+    value_BT = model.critic_values(critic, rows_of(run[0], device))
+    assert (value_BT == 0.25).all() and critic.config.classifier_dropout == 0 and not critic.training
+
+
+def test_critic_from_a_reward_model_gives_the_reward_models_scores(world, run, tmp_path, capsys):
+    torch.manual_seed(0)
+    reward_model = AutoModelForSequenceClassification.from_pretrained(world / "base", num_labels=1, dtype=torch.float32).eval()
+    reward_model.save_pretrained(tmp_path / "reward")
+    rows = rows_of(run[0])
+    critic = model.load_critic(str(tmp_path / "reward"), torch.device("cpu"))
+    value_BT = model.critic_values(critic, rows, shift=1)
+    for i, length in enumerate(rows["length_B"].tolist()):
+        tokens = rows["token_BL"][i : i + 1, : int(rows["prompt_length_B"][i]) + length]
+        torch.testing.assert_close(value_BT[i, length - 1], reward_model(tokens).logits[0, 0], rtol=1e-4, atol=1e-5)
+
+    two_labels = AutoModelForSequenceClassification.from_pretrained(world / "base", num_labels=2)
+    two_labels.save_pretrained(tmp_path / "two")
+    AutoTokenizer.from_pretrained(world / "base").save_pretrained(tmp_path / "two")
+    with pytest.raises(SystemExit) as stop:
+        value_run(world, tmp_path / "out", f"--init={tmp_path}/two", f"--reuse_answers={run[0]}/answers.pt")
+    assert stop.value.code == 2 and "2 labels" in capsys.readouterr().err
