@@ -13,6 +13,7 @@
    the held-out loss has not fallen for --patience passes (overfitting is real), or at --steps; the best pass is kept.
 """
 
+import copy
 import sys
 import time
 from dataclasses import dataclass
@@ -125,9 +126,15 @@ def fit(settings, critic, rows, held_out_rows, log):
     order = torch.Generator().manual_seed(settings.seed)
     batches = -(-len(rows["length_B"]) // settings.batch)
     limit = min(settings.passes * batches, settings.steps or settings.passes * batches)
-    best = {"held_out": measure(critic, held_out_rows, settings.objective, settings.micro_batch), "step": 0, "weights": None}
-    report(log, 0, best["held_out"])
     step, worse = 0, 0
+
+    def measured(numbers):
+        """Reports a pass; returns its metrics, its step and the critic's weights."""
+        held_out = measure(critic, held_out_rows, settings.objective, settings.micro_batch)
+        report(log, step, numbers | held_out)
+        return {"held_out": held_out, "step": step, "weights": copy.deepcopy(critic.state_dict())}
+
+    best = measured({})
     bar = tqdm(total=limit, desc="value: fitting", unit="step", leave=False)
     while step < limit and worse < settings.patience:
         permutation = torch.randperm(len(rows["length_B"]), generator=order).to(rows["length_B"].device)
@@ -152,18 +159,15 @@ def fit(settings, critic, rows, held_out_rows, log):
             numbers = {"train_value_loss": total, "value_grad_norm": norm}
             if step < limit and step % batches:
                 log.metrics(step, numbers)
-        now = measure(critic, held_out_rows, settings.objective, settings.micro_batch)
-        report(log, step, numbers | now)
-        if now["value_loss"] < best["held_out"]["value_loss"]:
-            weights = {name: weight.detach().clone() for name, weight in critic.state_dict().items()}
-            best, worse = {"held_out": now, "step": step, "weights": weights}, 0
+        now = measured(numbers)
+        if now["held_out"]["value_loss"] < best["held_out"]["value_loss"]:
+            best, worse = now, 0
         else:
             worse += 1
-        if now["explained_variance"] >= settings.target_explained_variance:
+        if now["held_out"]["explained_variance"] >= settings.target_explained_variance:
             break
     bar.close()
-    if best["weights"] is not None:
-        critic.load_state_dict(best["weights"])
+    critic.load_state_dict(best["weights"])
     return best["held_out"], best["step"]
 
 

@@ -31,7 +31,7 @@ def tokenizer():
 
 @pytest.fixture
 def policy(tokenizer, device):
-    """A random two-layer model whose answers end after a few tokens or many."""
+    """A random two-layer model; EOS or any of the letters a to f ends its answers, after a few tokens or many."""
     import model
 
     torch.manual_seed(0)
@@ -41,6 +41,7 @@ def policy(tokenizer, device):
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
     )  # fmt: skip
     policy = LlamaForCausalLM(config).to(device).eval()
+    policy.generation_config.eos_token_id = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list("abcdef"))]
     policy.logit_scale, policy.logit_softcap = model.measure_logits(policy)
     return policy
 

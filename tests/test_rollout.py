@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, Qwen2Config
 
 import model
 import rollout
@@ -19,7 +20,7 @@ def test_sampler_log_probs_are_training_log_probs(policy, tokenizer, problems, t
     tokenizer.pad_token = pad_token
     policy.config.pad_token_id = tokenizer.pad_token_id
     rows = draw_answers(policy, tokenizer, problems, temperature=temperature, sample_rows=24)
-    assert 1 < rows["length_B"].float().mean() < 12 and rows["stop_B"].any() and not rows["stop_B"].all()
+    assert len(rows["length_B"].unique()) > 5 and rows["stop_B"].any() and not rows["stop_B"].all()  # rows left the cache
     logp_BT, _ = model.policy_logprobs(policy, rows, temperature)
     mask_BT = rollout.response_mask(rows)
     tolerance = 1e-4 if policy.device.type == "cpu" else 0.1  # bf16 on CUDA
@@ -47,7 +48,7 @@ def test_samples_of_a_prompt_stand_side_by_side_and_batches_do_not_show(policy, 
 
 
 def test_a_row_that_ends_at_the_limit_and_one_that_is_cut_there(policy, tokenizer, problems, monkeypatch):
-    letter, eos = tokenizer.convert_tokens_to_ids("a"), tokenizer.eos_token_id
+    letter, eos = tokenizer.convert_tokens_to_ids("z"), tokenizer.eos_token_id
     script = iter([[letter, letter, eos], [letter, letter], [letter, eos]])  # the third row ends at once and leaves
 
     def scripted(logit_RV, temperature, generator):
@@ -88,9 +89,15 @@ def test_micro_batches_hold_every_row_once_and_taking_them_loses_no_token(policy
     assert short["sampled_logp_BT"].shape[1] == int(short["length_B"][0])
 
 
-def test_logit_scale_and_cap_are_measured(tokenizer):
-    from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+def test_a_tokenizer_that_says_so_is_loaded_as_it_stands(tokenizer, tmp_path):
+    # AutoTokenizer gives every model of type qwen2 Qwen's own splitting, "1" "7": this once cost half the accuracy.
+    Qwen2Config(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = model.load_tokenizer(str(tmp_path))
+    assert loaded("c17:")["input_ids"] == tokenizer("c17:")["input_ids"] and len(loaded("17")["input_ids"]) == 1
 
+
+def test_logit_scale_and_cap_are_measured(tokenizer):
     sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
                  num_key_value_heads=1, head_dim=16, bos_token_id=None, eos_token_id=1, pad_token_id=0)  # fmt: skip
     torch.manual_seed(0)

@@ -94,11 +94,16 @@ def test_it_stops_at_the_target_or_at_steps(world, run, tmp_path):
 
 def test_it_stops_when_the_held_out_loss_rises_and_keeps_the_best_pass(world, run, tmp_path):
     out, _ = run
-    metrics = value_run(world, tmp_path, "--passes=50", "--lr=0.2", "--patience=1", f"--reuse_answers={out}/answers.pt")
+    metrics = value_run(world, tmp_path, "--passes=50", "--lr=1", "--patience=1", f"--reuse_answers={out}/answers.pt")
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     passes = [line for line in lines if "value_loss" in line]
     assert len(passes) < 50 and passes[-1]["value_loss"] >= metrics["value_loss"]
     assert metrics["value_loss"] == pytest.approx(min(line["value_loss"] for line in passes), abs=1e-6)
+    # the saved critic is that of the best pass: here the first one, a constant, before the learning rate ruined it
+    critic = model.load_critic(metrics["critic"], torch.device("cpu"))
+    rows = torch.load(out / "answers.pt", weights_only=True)["rows"]
+    saved = train_value.measure(critic, rows, "value", 64)
+    assert metrics["step"] == 0 and saved["value_last"] == pytest.approx(metrics["value_first"])
 
 
 def test_critic_from_a_policy_starts_at_the_mean_reward(world, run, device):
