@@ -17,7 +17,6 @@ import re
 from fractions import Fraction
 
 LONGEST = 200  # characters of a stated answer that are looked at; a longer one is wrong
-TAIL = 20_000  # characters at the end of the text in which a statement must stand
 
 STATEMENT = re.compile(r"answer\s{0,3}\**\s{0,3}:|\\boxed\s{0,3}\{|####|<answer>", re.IGNORECASE)
 SPECIAL_TOKEN = re.compile(r"<\|[^|<>\n]{1,40}\|>|</s>|<eos>")
@@ -32,7 +31,7 @@ NUMBER = re.compile(r"([+-]?)(?:(\d{1,100})\s+)?(\d{1,100}(?:\.\d{0,100})?|\.\d{
 
 def extract_answer(text):
     """The last answer stated in a model's text, stripped, or None where none is stated or the last one is cut off."""
-    text = SPECIAL_TOKEN.sub("", text[-TAIL:])
+    text = SPECIAL_TOKEN.sub("", text)
     *_, found = [None, *STATEMENT.finditer(text)]
     if found is None:
         return None
