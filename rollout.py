@@ -37,16 +37,15 @@ def sample(policy, tokenizer, problems, samples, max_tokens, temperature, genera
     bar = tqdm(total=len(problems) * samples, desc=progress, unit="answer", disable=progress is None, leave=False)
     for start in range(0, len(problems), prompts_at_once):
         prompts = [problem["prompt"] for problem in problems[start : start + prompts_at_once]]
-        part = sample_together(policy, prompts, samples, max_tokens, temperature, generator, eos_N)
+        part = sample_together(policy, prompts, samples, max_tokens, temperature, generator, eos_N, bar)
         part["problem_B"] += start
         parts.append(part)
-        bar.update(len(prompts) * samples)
     bar.close()
     return concatenate(parts)
 
 
-def sample_together(policy, prompts, samples, max_tokens, temperature, generator, eos_N):
-    """One batch of prompts, left-padded so that all of them end, and go on, in the same column."""
+def sample_together(policy, prompts, samples, max_tokens, temperature, generator, eos_N, bar):
+    """One batch of prompts, left-padded so that all of them end, and go on, in the same column; rows as `sample` has them."""
     device, count = policy.device, len(prompts)
     prompt_length_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
     width = int(prompt_length_P.max())
@@ -71,6 +70,7 @@ def sample_together(policy, prompts, samples, max_tokens, temperature, generator
     stop_B = torch.zeros(rows, dtype=torch.bool, device=device)
     row_R = torch.arange(rows, device=device)  # which answer each row of the cache writes
     alive_R = torch.ones(rows, dtype=torch.bool, device=device)
+    alive = rows
     for t in range(max_tokens):
         token_R, logp_R = draw(logit_RV, temperature, generator)
         token_BT[row_R, t] = torch.where(alive_R, token_R, 0)
@@ -79,8 +79,10 @@ def sample_together(policy, prompts, samples, max_tokens, temperature, generator
         length_B[row_R[ends_R]] = t + 1
         stop_B[row_R[ends_R]] = True
         alive_R = alive_R & ~ends_R
-        alive = int(alive_R.sum())
+        before, alive = alive, int(alive_R.sum())
+        bar.update(before - alive)
         if alive == 0 or t + 1 == max_tokens:
+            bar.update(alive)
             break
         if alive < COMPACT_BELOW * len(row_R):
             keep = alive_R.nonzero()[:, 0]

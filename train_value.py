@@ -120,8 +120,11 @@ def measure(critic, rows, objective, micro_batch):
     }
 
 
-def fit(settings, critic, rows, held_out_rows, log):
-    """Offline passes over the rows. Returns: (metrics of the kept pass, its optimiser step)."""
+def fit(settings, critic, rows, held_out_rows, known, log):
+    """Offline passes over the rows. `known`: numbers to log beside each measurement (the best possible, if known).
+
+    Returns: (metrics of the kept pass, its optimiser step); the critic has the weights of that pass.
+    """
     optimizer = torch.optim.AdamW(critic.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
     order = torch.Generator().manual_seed(settings.seed)
     batches = -(-len(rows["length_B"]) // settings.batch)
@@ -130,7 +133,7 @@ def fit(settings, critic, rows, held_out_rows, log):
 
     def measured(numbers):
         """Reports a pass; returns its metrics, its step and the critic's weights."""
-        held_out = measure(critic, held_out_rows, settings.objective, settings.micro_batch)
+        held_out = measure(critic, held_out_rows, settings.objective, settings.micro_batch) | known
         report(log, step, numbers | held_out)
         return {"held_out": held_out, "step": step, "weights": copy.deepcopy(critic.state_dict())}
 
@@ -174,9 +177,10 @@ def fit(settings, critic, rows, held_out_rows, log):
 def report(log, step, numbers):
     """One line in the log and on the screen for a measurement on held-out problems."""
     log.metrics(step, numbers)
+    possible = f" of {numbers['best_explained_variance']:.3f} possible" if "best_explained_variance" in numbers else ""
     tqdm.write(
-        f"value: step {step:4d}   held-out loss {numbers['value_loss']:.4f}   explained variance "
-        f"{numbers['explained_variance']:6.3f}   V first token {numbers['value_first']:.3f}, last {numbers['value_last']:.3f}"
+        f"value: step {step:4d}   held-out loss {numbers['value_loss']:.4f}   explained variance {numbers['explained_variance']:6.3f}"
+        f"{possible}   V first token {numbers['value_first']:.3f}, last {numbers['value_last']:.3f}"
     )
 
 
@@ -207,14 +211,13 @@ def main(argv=None):
     fit_rows = rollout.take(rows, (~is_held_B).nonzero()[:, 0])
     held_out_rows = rollout.take(rows, is_held_B.nonzero()[:, 0])
 
-    critic = model.load_critic(settings.init or settings.model, device, mean_reward=fit_rows["reward_B"].mean().item())
-    metrics, step = fit(settings, critic, fit_rows, held_out_rows, log)
-    if settings.world:
-        mask_BT = rollout.response_mask(held_out_rows)
+    known = {}
+    if settings.world and settings.objective == "value":  # the truth is known there: what could any critic explain?
+        target_BT, mask_BT, _ = objective_columns(held_out_rows, "value")
         best_BT = toy.best_values(settings.world, problems, tokenizer, fit_rows, held_out_rows).to(device)
-        target_BT = held_out_rows["reward_B"][:, None] * mask_BT
-        metrics["best_explained_variance"] = explained_variance(best_BT, target_BT, mask_BT).item()
-        print(f"value: the best explained variance any critic could have on these answers is {metrics['best_explained_variance']:.3f}")
+        known["best_explained_variance"] = explained_variance(best_BT, target_BT, mask_BT).item()
+    critic = model.load_critic(settings.init or settings.model, device, mean_reward=fit_rows["reward_B"].mean().item())
+    metrics, step = fit(settings, critic, fit_rows, held_out_rows, known, log)
     critic_dir = Path(settings.out) / "critic"
     checkpoint.export(critic, tokenizer, critic_dir)
     log.close()

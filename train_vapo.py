@@ -203,7 +203,10 @@ def next_problems(problems, count, order):
 
 
 def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems, log, state):
-    """The run, from prompt to gradient. `state` is a checkpoint to go on from, or None. Returns: (before, after), metrics."""
+    """The run, from prompt to gradient. `state` is a checkpoint to go on from, or None.
+
+    Returns: (before, after), the metrics of `rollout.evaluate` on the test problems.
+    """
     device = policy.device
     compiled = settings.compile if settings.compile is not None else device.type == "cuda"
     wrap = (lambda kernel: torch.compile(kernel, dynamic=True)) if compiled else (lambda kernel: kernel)

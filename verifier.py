@@ -100,6 +100,6 @@ def equal(stated, reference):
 
 
 def verify(text, answer):
-    """True if the last answer that `text` states equals `answer`. Never raises for strings, whatever they hold."""
-    stated = extract_answer(text)
-    return stated is not None and len(answer) <= LONGEST and equal(stated, answer)
+    """True if the last answer that `text` states equals `answer` (a text or a number). Never raises, whatever they hold."""
+    stated, reference = extract_answer(text), str(answer)
+    return stated is not None and len(reference) <= LONGEST and equal(stated, reference)

@@ -12,7 +12,7 @@ import model
 import rollout
 import train_value
 
-SMALL = ["--answers=1024", "--samples=8", "--passes=4", "--lr=3e-3", "--patience=4", "--micro_batch=64"]
+SMALL = ["--device=cpu", "--answers=1024", "--samples=8", "--passes=4", "--lr=3e-3", "--patience=4", "--micro_batch=64"]
 
 
 def value_run(world, out, *flags):

@@ -20,7 +20,7 @@ import train_vapo
 
 KERNELS = SimpleNamespace(chunk_logprobs=logprobs.chunk_logprobs, policy_loss=losses.policy_loss, value_loss=losses.value_loss)
 SETTINGS = train_vapo.Settings(train="t", test="t", alpha=0.5)
-SMALL = ["--prompts=6", "--samples=4", "--mini_batch=8", "--micro_batch=8", "--eval_samples=2", "--save_every=2", "--eval_every=2",
+SMALL = ["--device=cpu", "--prompts=6", "--samples=4", "--mini_batch=8", "--micro_batch=8", "--eval_samples=2", "--save_every=2", "--eval_every=2",
          "--pretrain_answers=64", "--pretrain_passes=1"]  # fmt: skip
 PIECES = ["value_pretraining", "decoupled_gae", "length_adaptive_gae", "token_level_loss", "clip_higher", "positive_nll", "group_sampling"]
 
@@ -201,6 +201,18 @@ def test_the_ratio_is_one_at_the_first_update_and_moves_later(world, tmp_path):
     one, several = metrics_of(tmp_path / "one")[1], metrics_of(tmp_path / "several")[1]
     assert one["ratio_max"] == pytest.approx(1, abs=1e-4) and one["approx_kl"] == pytest.approx(0, abs=1e-6) and one["gradient_steps"] == 1
     assert several["ratio_max"] > 1.001 and several["approx_kl"] > 1e-6 and several["gradient_steps"] == 4
+
+
+def test_a_compiled_run_equals_an_eager_one(world, tmp_path):
+    for name, flags in (("eager", []), ("compiled", ["--compile"])):
+        vapo_run(world, tmp_path / name, "--steps=1", "--no_value_pretraining", *flags)
+    eager, compiled = (without_clock(metrics_of(tmp_path / name))[1] for name in ("eager", "compiled"))
+    assert compiled == pytest.approx(eager, rel=1e-3, abs=1e-5)
+
+
+def test_a_run_on_every_device(world, device, tmp_path):
+    vapo_run(world, tmp_path, "--steps=2", f"--device={device}")
+    assert metrics_of(tmp_path)[2]["sampler_gap"] < (1e-5 if device.type == "cpu" else 0.1)
 
 
 def test_a_run_is_deterministic(world, run, tmp_path):
