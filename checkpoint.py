@@ -16,25 +16,33 @@ from run import BadInput
 
 def save(run_dir, state):
     """Writes RUN_DIR/checkpoint/state.pt, replacing the one before only when the new one is whole on disk."""
-    folder = Path(run_dir) / "checkpoint"
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / "state.pt.tmp"
-    with open(beside, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(folder / "state.pt")
+    write(Path(run_dir) / "checkpoint" / "state.pt", state)
 
 
 def load(run_dir):
-    """The state that `save` wrote, on the CPU. Raises: BadInput if there is none, or it cannot be read."""
+    """The state that `save` wrote, or None where nothing was saved yet. Raises: BadInput if it is damaged."""
     path = Path(run_dir) / "checkpoint" / "state.pt"
-    if not path.is_file():
-        raise BadInput(f"no checkpoint in {run_dir} (looked for {path}): start the run again without --resume")
+    return read(path) if path.is_file() else None
+
+
+def write(path, value):
+    """torch.save beside, flushed, and renamed: the file is the old one or the new one, never half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "wb") as file:
+        torch.save(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def read(path):
+    """What `write` wrote, on the CPU. Raises: BadInput if it is damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise BadInput(f"the checkpoint {path} is damaged: {str(error).splitlines()[0]}") from None
+        raise BadInput(f"{path} is damaged ({str(error).splitlines()[0]}): remove it to start again") from None
 
 
 def export(model, tokenizer, directory):

@@ -33,9 +33,9 @@ def load_tokenizer(path):
 
 
 def load_policy(path, device):
-    """The causal LM in `path`, float32, eval mode, with `logit_scale` and `logit_softcap` measured (see there)."""
+    """The causal LM in `path`, float32, eval mode, with `logit_treatment` measured (see `measure_logits`)."""
     policy = loaded(AutoModelForCausalLM.from_pretrained, path, dtype=torch.float32).to(device).eval()
-    policy.logit_scale, policy.logit_softcap = measure_logits(policy)
+    policy.logit_treatment = measure_logits(policy)
     return policy
 
 
@@ -124,7 +124,7 @@ def policy_logprobs(policy, rows, temperature, kernel=logprobs.chunk_logprobs):
         head = policy.get_output_embeddings()
         return logprobs.token_logprobs(
             hidden_BTD, head.weight, response_tokens(rows), getattr(head, "bias", None), temperature,
-            policy.logit_scale, policy.logit_softcap, kernel=kernel,
+            *policy.logit_treatment, kernel=kernel,
         )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from run import BadInput, exit_on_bad_input, flag, parse_settings, require
 
-# title, the metrics in it (the first as a line, a second as a dashed line), and whether its axis starts at 0 and ends at 1
+# title, the metrics in it (the first as a line, a second as dots), and whether its axis starts at 0 and ends at 1
 PANELS = [
     ("accuracy: held-out (line), training rollouts (dots)", ("test_accuracy", "accuracy"), True),
     ("response length in tokens: held-out (line), training (dots)", ("test_length", "length"), False),

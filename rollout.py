@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from model import autocast
+from run import seeded_generator
 from verifier import verify
 
 COMPACT_BELOW = 0.75  # finished rows are dropped from the cache when less than this share of its rows is alive
@@ -189,8 +190,8 @@ def evaluate(policy, tokenizer, problems, samples, settings, seed, progress=None
     Returns: (metrics, rows): accuracy (mean over all samples), greedy_accuracy, length (mean response tokens),
         truncated (share cut at the limit), and the judged sampled rows.
     """
-    generator = torch.Generator(policy.device).manual_seed(seed)
-    common = {"max_tokens": settings.response_length, "generator": generator, "sample_rows": settings.sample_rows}
+    source = seeded_generator(seed, "evaluation", policy.device)
+    common = {"max_tokens": settings.response_length, "generator": source, "sample_rows": settings.sample_rows}
     rows = sample(policy, tokenizer, problems, samples, temperature=settings.temperature, progress=progress, **common)
     greedy = sample(policy, tokenizer, problems, 1, temperature=0.0, progress=progress and progress + " (greedy)", **common)
     judge(rows, tokenizer, problems)

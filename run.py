@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import platform
+import random
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,8 @@ class RunSettings:
     prompt_length: int = flag(1024, "most tokens of a prompt")
     response_length: int = flag(1024, "most tokens of an answer; a longer one is cut there and scored as it stands")
     temperature: float = flag(1.0, "sampling temperature, in the sampler and in the training log-probs alike")
+    reward_correct: float = flag(1.0, "reward of a correct answer")
+    reward_wrong: float = flag(0.0, "reward of a wrong answer")
     sample_rows: int = flag(256, "answers that are sampled side by side")
     micro_batch: int = flag(16, "answers in one forward and backward pass; changes memory and speed, never a gradient")
 
@@ -136,6 +139,17 @@ def pick_device(name):
     return device
 
 
+def seeded_generator(seed, purpose, device="cpu"):
+    """A torch.Generator for one purpose of a run: equal for equal (seed, purpose), unrelated between purposes."""
+    return torch.Generator(device).manual_seed(random.Random(f"{purpose} {seed}").getrandbits(63))
+
+
+def compiler(settings, device):
+    """kernel → compiled kernel under --compile (by default on CUDA), the kernel itself otherwise."""
+    wanted = settings.compile if settings.compile is not None else device.type == "cuda"
+    return (lambda kernel: torch.compile(kernel, dynamic=True)) if wanted else (lambda kernel: kernel)
+
+
 def describe(device):
     """Revision, versions and device, for the record beside the numbers."""
     here = Path(__file__).parent
@@ -186,7 +200,7 @@ class Log:
         for name, value in numbers.items():
             self.tensorboard.add_scalar(name, value, step)
         self.tensorboard.flush()
-        line = {"step": step} | {n: round(v, 7) if math.isfinite(v) else None for n, v in numbers.items()}
+        line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         self._append("metrics.jsonl", line)
 
     def samples(self, step, samples):

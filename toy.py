@@ -16,7 +16,7 @@ so RL can do here what it does to a long chain of thought: take more care, corre
 grow longer). Numbers of steps are log-uniform, so that answers differ in length by tens of times.
 
 What no real data set offers: the truth is known at every token (`trace`), and with it the best value that any critic
-could predict (`best_values`).
+could predict, up to a small error of counting (`best_values`).
 """
 
 import json
@@ -193,12 +193,12 @@ def trace(step, letter, steps, tokens):
 
 
 def best_values(world_dir, problems, tokenizer, fit_rows, rows):
-    """The best possible critic's value_BT for `rows`: P(correct | what is true so far), counted on `fit_rows`.
+    """An estimate of the best possible critic's value_BT for `rows`: P(correct | what is true so far).
 
-    A critic that reads the text perfectly knows the phase, whether the answer is still on track, and the steps left;
-    given these nothing else in the text matters but the policy's small unevenness from letter to letter. So the mean
-    outcome of the answers that share them is the conditional expectation that no critic can beat. States seen seldom
-    are drawn towards the mean over all `left`, with the weight of two answers.
+    A critic that reads the text perfectly knows the phase, whether the answer is still on track, and the steps left. Given
+    these, the rest of the text says little (the policy slips a bit more at some letters than at others), so the mean
+    outcome of the answers in `fit_rows` that share them is close to what no critic can beat. States seen seldom are
+    drawn towards the mean over all `left`, with the weight of two answers.
     """
     step = json.loads((Path(world_dir) / "world.json").read_text())["map"]
 

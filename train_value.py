@@ -2,8 +2,8 @@
 
     python train_value.py                                              # in the embedded world
     python train_value.py --model DIR --train FILE --out runs/value    # any causal LM, any JSONL of problems
-    python train_value.py --objective reward --out runs/reward         # a reward model, when there is none ...
-    python train_value.py --init runs/reward/critic --reuse_answers runs/reward/answers.pt   # ... and pretraining from it
+    python train_value.py --objective reward --out runs/reward         # a reward model, when there is none …
+    python train_value.py --init runs/reward/critic --reuse_answers runs/reward/answers.pt   # … and pretraining from it
 
 1. Answers are sampled once from the frozen policy, judged by the verifier, and stored.
 2. The critic is fitted to them offline, several passes, on nine problems of ten. `value`: V at every token is regressed
@@ -14,6 +14,8 @@
 """
 
 import copy
+import hashlib
+import json
 import sys
 import time
 from dataclasses import dataclass
@@ -24,18 +26,33 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import losses
 import model
 import problems as problem_files
 import rollout
 import toy
 from gae import explained_variance
-from losses import token_weights, value_loss
-from run import Log, RunSettings, describe, exit_on_bad_input, flag, parse_settings, pick_device, require, to_argv, write_json
+from run import (
+    Log,
+    RunSettings,
+    compiler,
+    describe,
+    exit_on_bad_input,
+    flag,
+    parse_settings,
+    pick_device,
+    require,
+    seeded_generator,
+    to_argv,
+    write_json,
+)  # fmt: skip
+
+WARMUP = 10  # optimiser steps
 
 
 @dataclass(frozen=True)
 class Settings(RunSettings):
-    out: str = flag("runs/value", "run directory: answers.pt, metrics.jsonl, tb/ and critic/ are written there")
+    out: str = flag("", "directory for answers.pt, metrics.jsonl, tb/ and critic/; empty: runs/value-DATE-TIME")
     objective: Literal["value", "reward"] = flag("value", "value: the outcome at every token; reward: after the last only")
     init: str = flag("", "start from this reward model, critic or policy directory; empty: from the policy in --model")
     answers: int = flag(4096, "answers to sample from the frozen policy")
@@ -60,34 +77,48 @@ class Settings(RunSettings):
         require(self.target_explained_variance <= 1, "--target_explained_variance is at most 1")
 
 
-def sampled_answers(settings, policy, tokenizer, problems, device):
+def fingerprint(policy, problems):
+    """Tells one policy and list of problems from another: a hash of one number of every weight, and of all the texts."""
+    firsts = torch.stack([weight.detach().flatten()[0].float().cpu() for weight in policy.parameters()])
+    texts = json.dumps([[problem["problem"], problem["answer"]] for problem in problems])
+    return hashlib.sha256(firsts.numpy().tobytes() + texts.encode()).hexdigest()[:16]
+
+
+def sampled_answers(settings, out, policy, tokenizer, problems):
     """Judged rows from the frozen policy; stored, so that a second run on them samples nothing."""
-    path = Path(settings.reuse_answers or Path(settings.out) / "answers.pt")
-    # What the answers depend on: another model, file, seed … must not reuse them in silence.
-    sampled = ("model", "train", "seed", "prompt_template", "response_length", "temperature", "answers", "samples")
-    source = {name: getattr(settings, name) for name in sampled}
+    path = Path(settings.reuse_answers or out / "answers.pt")
+    # What the answers depend on: those of another policy, file, temperature … must not be used in silence.
+    names = ["prompt_template", "response_length", "temperature", "reward_correct", "reward_wrong"]
+    names += [] if settings.reuse_answers else ["seed", "answers", "samples"]
+    source = {name: getattr(settings, name) for name in names} | {"policy or problems": fingerprint(policy, problems)}
     if path.exists():
-        stored = torch.load(path, map_location=device, weights_only=True)
-        if settings.reuse_answers:
-            source = source | {name: stored["source"][name] for name in ("seed", "answers", "samples")}
-        differ = [name for name in sampled if stored["source"][name] != source[name]]
+        stored = checkpoint.read(path)
+        differ = [name for name in source if stored["source"].get(name) != source[name]]
         require(not differ, f"{path} holds answers with another {', '.join(differ)}: give another --out or remove the file")
-        return stored["rows"]
+        return {name: column.to(policy.device) for name, column in stored["rows"].items()}
     require(not settings.reuse_answers, f"no stored answers at {path}")
-    generator = torch.Generator(device).manual_seed(settings.seed)
-    chosen = torch.randperm(len(problems), generator=torch.Generator().manual_seed(settings.seed))
-    chosen = chosen[: max(2, settings.answers // settings.samples)]
-    asked = [problems[i] for i in chosen.tolist()]
+    order = seeded_generator(settings.seed, "pretraining problems")
+    groups = -(-settings.answers // settings.samples)
+    passes = -(-groups // len(problems))  # a short file is asked several times
+    chosen = torch.cat([torch.randperm(len(problems), generator=order) for _ in range(passes)])[:groups]
     rows = rollout.sample(
-        policy, tokenizer, asked, settings.samples, settings.response_length, settings.temperature, generator,
-        settings.sample_rows, progress="value: sampling",
+        policy, tokenizer, [problems[i] for i in chosen.tolist()], settings.samples, settings.response_length, settings.temperature,
+        seeded_generator(settings.seed, "pretraining answers", policy.device), settings.sample_rows, progress="value: sampling",
     )  # fmt: skip
-    rows["problem_B"] = chosen.to(device)[rows["problem_B"]]
-    rollout.judge(rows, tokenizer, problems)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"source": source, "rows": rows}, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    rows["problem_B"] = chosen.to(policy.device)[rows["problem_B"]]
+    rollout.judge(rows, tokenizer, problems, settings.reward_correct, settings.reward_wrong)
+    checkpoint.write(path, {"source": source, "rows": rows})
     return rows
+
+
+def split_by_problem(rows, share, seed):
+    """(rows to fit, held-out rows). By problem, not by answer: two answers to one problem share too much."""
+    asked = rows["problem_B"].unique()
+    require(len(asked) > 1, "value pretraining needs answers to at least 2 problems, one of them held out: raise --answers or add problems")
+    held = asked[torch.randperm(len(asked), generator=seeded_generator(seed, "held-out problems")).to(asked.device)]
+    held = held[: min(len(asked) - 1, max(1, round(share * len(asked))))]
+    is_held_B = torch.isin(rows["problem_B"], held)
+    return rollout.take(rows, (~is_held_B).nonzero()[:, 0]), rollout.take(rows, is_held_B.nonzero()[:, 0])
 
 
 def objective_columns(rows, objective):
@@ -110,10 +141,10 @@ def measure(critic, rows, objective, micro_batch):
         width = int(part["length_B"].max())
         value_BT[index, :width] = model.critic_values(critic, part)
         fitted_BT[index, :width] = model.critic_values(critic, part, shift) if shift else value_BT[index, :width]
-    weight_BT = token_weights(mask_BT, "token")
+    weight_BT = losses.token_weights(mask_BT, "token")
     last_B1 = rows["length_B"][:, None] - 1
     return {
-        "value_loss": (value_loss(fitted_BT, target_BT) * weight_BT).sum().item(),
+        "value_loss": (losses.value_loss(fitted_BT, target_BT) * weight_BT).sum().item(),
         "explained_variance": explained_variance(fitted_BT, target_BT, mask_BT).item(),
         "value_first": value_BT[:, 0].mean().item(),
         "value_last": value_BT.gather(1, last_B1).mean().item(),
@@ -126,7 +157,9 @@ def fit(settings, critic, rows, held_out_rows, known, log):
     Returns: (metrics of the kept pass, its optimiser step); the critic has the weights of that pass.
     """
     optimizer = torch.optim.AdamW(critic.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
-    order = torch.Generator().manual_seed(settings.seed)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / WARMUP, total_iters=WARMUP - 1)
+    value_loss = compiler(settings, critic.device)(losses.value_loss)
+    order = seeded_generator(settings.seed, "pretraining mini-batches")
     batches = -(-len(rows["length_B"]) // settings.batch)
     limit = min(settings.passes * batches, settings.steps or settings.passes * batches)
     step, worse = 0, 0
@@ -144,7 +177,7 @@ def fit(settings, critic, rows, held_out_rows, known, log):
         for index_N in permutation.split(settings.batch)[: limit - step]:
             batch = rollout.take(rows, index_N)
             target_BT, mask_BT, shift = objective_columns(batch, settings.objective)
-            weight_BT = token_weights(mask_BT, "token")  # over the whole batch, before it is split
+            weight_BT = losses.token_weights(mask_BT, "token")  # over the whole batch, before it is split
             total = 0.0
             for micro in rollout.micro_batches(batch, settings.micro_batch):
                 value_BT = model.critic_values(critic, rollout.take(batch, micro), shift)
@@ -153,9 +186,8 @@ def fit(settings, critic, rows, held_out_rows, known, log):
                 loss.backward()
                 total += loss.item()
             norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), settings.max_grad_norm).item()
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr * min(1.0, (step + 1) / 10)
             optimizer.step()
+            scheduler.step()
             optimizer.zero_grad()
             step += 1
             bar.update()
@@ -195,30 +227,24 @@ def main(argv=None):
     settings.check()
     device = pick_device(settings.device)
     torch.manual_seed(settings.seed)
+    out = Path(settings.out or time.strftime("runs/value-%Y%m%d-%H%M%S"))
+    require(not (out / "critic").exists(), f"{out} holds a critic already: give another --out")
     problems = problem_files.load_problems(settings.train)
     tokenizer = model.load_tokenizer(settings.model)
     problem_files.encode_prompts(problems, tokenizer, settings.prompt_template, settings.prompt_length)
     policy = model.load_policy(settings.model, device)
-    log = Log(settings.out)
-    write_json(Path(settings.out) / "config.json", {"settings": to_argv(settings), "on": describe(device)})
-
-    rows = sampled_answers(settings, policy, tokenizer, problems, device)
-    # Split by problem, not by answer: two answers to one problem share too much.
-    asked = rows["problem_B"].unique()
-    held = asked[torch.randperm(len(asked), generator=torch.Generator().manual_seed(settings.seed)).to(device)]
-    held = held[: max(1, round(settings.held_out * len(held)))]
-    is_held_B = torch.isin(rows["problem_B"], held)
-    fit_rows = rollout.take(rows, (~is_held_B).nonzero()[:, 0])
-    held_out_rows = rollout.take(rows, is_held_B.nonzero()[:, 0])
-
+    rows = sampled_answers(settings, out, policy, tokenizer, problems)
+    fit_rows, held_out_rows = split_by_problem(rows, settings.held_out, settings.seed)
     known = {}
     if settings.world and settings.objective == "value":  # the truth is known there: what could any critic explain?
         target_BT, mask_BT, _ = objective_columns(held_out_rows, "value")
         best_BT = toy.best_values(settings.world, problems, tokenizer, fit_rows, held_out_rows).to(device)
         known["best_explained_variance"] = explained_variance(best_BT, target_BT, mask_BT).item()
     critic = model.load_critic(settings.init or settings.model, device, mean_reward=fit_rows["reward_B"].mean().item())
+    log = Log(out)
+    write_json(out / "config.json", {"settings": to_argv(settings), "on": describe(device)})
     metrics, step = fit(settings, critic, fit_rows, held_out_rows, known, log)
-    critic_dir = Path(settings.out) / "critic"
+    critic_dir = out / "critic"
     checkpoint.export(critic, tokenizer, critic_dir)
     log.close()
     print(

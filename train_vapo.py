@@ -24,7 +24,6 @@ from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
-from transformers import get_constant_schedule_with_warmup
 
 import checkpoint
 import gae
@@ -35,7 +34,20 @@ import problems as problem_files
 import rollout
 import toy
 import train_value
-from run import Log, RunSettings, describe, exit_on_bad_input, flag, parse_settings, pick_device, require, to_argv, write_json
+from run import (
+    Log,
+    RunSettings,
+    compiler,
+    describe,
+    exit_on_bad_input,
+    flag,
+    parse_settings,
+    pick_device,
+    require,
+    seeded_generator,
+    to_argv,
+    write_json,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ class Settings(RunSettings):
     test: str = flag("", "held-out problems, like --train")
     out: str = flag("", "run directory; empty: runs/vapo-DATE-TIME")
     resume: str = flag("", "go on with the run in this directory; of other flags only --steps, --eval_every, --save_every")
-    critic: str = flag("", "critic or reward model to start from; empty: pretrain one (train_value.py)")
+    critic: str = flag("", "start from this critic (or reward model) as it is; empty: pretrain one (train_value.py)")
 
     value_pretraining: bool = flag(True, "1: pretrain the critic; off: start from --critic, or from the policy's trunk")
     decoupled_gae: bool = flag(True, "2: λ of its own for the critic's targets; off: they use the policy's")
@@ -69,9 +81,8 @@ class Settings(RunSettings):
     mu: float = flag(0.1, "weight of the positive-example NLL")
     value_clip: float = flag(0.0, "clip range of the value loss around the old values; 0: none")
     whiten: bool = flag(False, "whiten the advantages over the rollout")
-    reward_correct: float = flag(1.0, "reward of a correct answer")
-    reward_wrong: float = flag(0.0, "reward of a wrong answer")
 
+    pretrain_init: str = flag("", "value pretraining: start from this reward model or critic; empty: from the policy's trunk")
     pretrain_answers: int = flag(4096, "value pretraining: answers sampled from the frozen policy")
     pretrain_lr: float = flag(2e-6, "value pretraining: learning rate")
     pretrain_passes: int = flag(10, "value pretraining: most passes over the answers")
@@ -130,7 +141,7 @@ def backward(policy, critic, batch, settings, kernels):
     eps_high = settings.eps_high if settings.clip_higher else settings.eps_low  # piece 5
     mu = settings.mu if settings.positive_nll else 0.0  # piece 6
     sums = {"policy_loss": 0.0, "nll_loss": 0.0, "value_loss": 0.0}
-    ratio_max, ratio_sums = 1.0, {"clip_low": 0.0, "clip_high": 0.0, "approx_kl": 0.0}
+    ratio_max, ratio_sums = 0.0, {"clip_low": 0.0, "clip_high": 0.0, "approx_kl": 0.0}
     for index in rollout.micro_batches(batch, settings.micro_batch):
         micro = rollout.take(batch, index)
         mask_BT = rollout.response_mask(micro)
@@ -208,20 +219,20 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
     Returns: (before, after), the metrics of `rollout.evaluate` on the test problems.
     """
     device = policy.device
-    compiled = settings.compile if settings.compile is not None else device.type == "cuda"
-    wrap = (lambda kernel: torch.compile(kernel, dynamic=True)) if compiled else (lambda kernel: kernel)
+    wrap = compiler(settings, device)
     kernels = SimpleNamespace(
         chunk_logprobs=wrap(logprobs.chunk_logprobs), policy_loss=wrap(losses.policy_loss), value_loss=wrap(losses.value_loss)
     )
     learners = {}
     for name, network, lr in (("policy", policy, settings.lr), ("critic", critic, settings.critic_lr)):
         optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.0, fused=True)
-        scheduler = get_constant_schedule_with_warmup(optimizer, settings.warmup)
+        warmup = max(1, settings.warmup)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
         learners |= {name: network, f"{name}_optimizer": optimizer, f"{name}_scheduler": scheduler}
     generators = {
-        "order": torch.Generator().manual_seed(settings.seed),
-        "sample": torch.Generator(device).manual_seed(settings.seed),
-        "mini_batch": torch.Generator().manual_seed(settings.seed),
+        "order": seeded_generator(settings.seed, "data order"),
+        "sample": seeded_generator(settings.seed, "sampling", device),
+        "mini_batch": seeded_generator(settings.seed, "mini-batches"),
     }
     order = {"generator": generators["order"], "queue": []}
 
@@ -235,7 +246,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
 
     def save(step):
         saved = {name: learner.state_dict() for name, learner in learners.items()}
-        saved |= {f"{name}_generator": generator.get_state() for name, generator in generators.items()}
+        saved |= {f"{name}_generator": source.get_state() for name, source in generators.items()}
         checkpoint.save(run_dir, saved | {"step": step, "queue": order["queue"], "before": before, "after": after})
 
     if state is None:
@@ -246,8 +257,8 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
     else:
         for name, learner in learners.items():
             learner.load_state_dict(state[name])
-        for name, generator in generators.items():
-            generator.set_state(state[f"{name}_generator"])
+        for name, source in generators.items():
+            source.set_state(state[f"{name}_generator"])
         order["queue"], first, before, after = state["queue"], state["step"], state["before"], state["after"]
 
     bar = tqdm(range(first + 1, settings.steps + 1), initial=first, total=settings.steps, desc="VAPO", unit="rollout")
@@ -269,7 +280,8 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
 
         # Several optimiser steps a rollout: the ratio moves away from 1. Pieces 4, 5 and 6 are in the losses.
         updates = []
-        for index in torch.randperm(len(rows["length_B"]), generator=generators["mini_batch"]).split(settings.mini_batch):
+        count = -(-len(rows["length_B"]) // settings.mini_batch)
+        for index in torch.randperm(len(rows["length_B"]), generator=generators["mini_batch"]).tensor_split(count):
             batch = add_weights(rollout.take(rows, index.to(device)), settings)
             metrics = backward(policy, critic, batch, settings, kernels)
             for name in ("critic", "policy"):
@@ -365,14 +377,15 @@ def main(argv=None):
         loaded = problem_files.load_problems(path)
         data.append(problem_files.encode_prompts(loaded, tokenizer, settings.prompt_template, settings.prompt_length))
     policy = model.load_policy(settings.model, device)
-    if state is None:
-        write_json(run_dir / "config.json", {"settings": to_argv(settings), "on": describe(device)})
+    pretrain = settings.value_pretraining and not settings.critic
+    critic = None if pretrain else model.load_critic(settings.critic or settings.model, device)
     print("VAPO:", ", ".join(f"{name} {value}" for name, value in describe(device).items()))
-
-    if settings.value_pretraining and not settings.critic:  # piece 1
+    if settings.mini_batch >= settings.prompts * settings.samples:
+        print("warning: --mini_batch takes the whole rollout: with one update the ratio is always 1, and clipping does nothing")
+    if not (run_dir / "config.json").exists():
+        write_json(run_dir / "config.json", {"settings": to_argv(settings), "on": describe(device)})
+    if pretrain:  # piece 1
         critic = model.load_critic(pretrained_critic(settings, run_dir), device)
-    else:
-        critic = model.load_critic(settings.critic or settings.model, device)
     log = Log(run_dir, after=state["step"] if state else -1)
     before, after = train(settings, run_dir, policy, critic, tokenizer, *data, log, state)
     log.close()

@@ -21,8 +21,9 @@ LONGEST = 200  # characters of a stated answer that are looked at; a longer one 
 STATEMENT = re.compile(r"answer\s{0,3}\**\s{0,3}:|\\boxed\s{0,3}\{|####|<answer>", re.IGNORECASE)
 SPECIAL_TOKEN = re.compile(r"<\|[^|<>\n]{1,40}\|>|</s>|<eos>")
 WRAPPER = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|boxed|mbox)\s?\{([^{}]*)\}")
-NOISE = re.compile(r"\\left|\\right|\\[,;:! ]|\\quad|\\(?=[%$#&])|[$*`~]|\\\(|\\\)|\\\[|\\\]")
-UNIT = re.compile(r"(?<=\d)\s*(?:\^?\{?\\circ\}?|°|\s[A-Za-z]{2,}(?:[ /][A-Za-z]+){0,3})$")
+NOISE = re.compile(r"\\left|\\right|\\[,;:! ]|\\quad|\\(?=[%$#&])|\*\*|[$`~]|\\\(|\\\)|\\\[|\\\]")
+NO_UNIT = "is|or|and|but|not|to|pi|percent|dozen|hundred|thousand|[mb]illion|trillion|factorial|squared|cubed|times|modulo|mod|base"
+UNIT = re.compile(rf"(?<=\d)\s*(?:\^?\{{?\\circ\}}?|°|(?: (?!(?:{NO_UNIT})\b)[A-Za-z]{{2,}}(?:/[A-Za-z]+)?){{1,2}})$", re.IGNORECASE)
 THOUSANDS = re.compile(r"(?<![\d.])[+-]?\d{1,3}(?:,\d{3})+(?!\d)")
 LATEX_FRACTION = re.compile(r"\\[dtc]?frac\s?(?:\{([^{}]+)\}|(\d))\s?(?:\{([^{}]+)\}|(\d))")
 SPACE = re.compile(r"(?<!\d) | (?!\d)")  # one between two digits separates two numbers
@@ -64,7 +65,7 @@ def normalise(answer):
     for _ in range(3):  # wrappers nest: \boxed{\text{…}}
         answer = WRAPPER.sub(r" \1", answer)
     answer = " ".join(NOISE.sub(" ", answer).split())
-    return answer.rstrip(". ").strip()
+    return answer.strip("*").rstrip(". ").strip()
 
 
 def rational(answer):
@@ -76,7 +77,7 @@ def rational(answer):
     if equals and re.fullmatch(r"\s*[A-Za-z]\w{0,9}\s*", name):
         answer = value.strip()
     answer = THOUSANDS.sub(lambda number: number.group().replace(",", ""), UNIT.sub("", answer))
-    answer = LATEX_FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", answer).strip()
+    answer = LATEX_FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]} ", answer).strip()
     answer = re.sub(r"^([+-])\s+", r"\1", re.sub(r"\s*([/%])\s*", r"\1", answer))
     match = NUMBER.fullmatch(answer)
     if match is None:
@@ -100,6 +101,6 @@ def equal(stated, reference):
 
 
 def verify(text, answer):
-    """True if the last answer that `text` states equals `answer` (a text or a number). Never raises, whatever they hold."""
+    """True if the last answer that `text` states equals `answer` (a text or a number). Never raises, whatever the text."""
     stated, reference = extract_answer(text), str(answer)
     return stated is not None and len(reference) <= LONGEST and equal(stated, reference)

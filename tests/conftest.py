@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+import model
 import toy
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -29,20 +30,22 @@ def tokenizer():
     return toy.make_tokenizer(toy.World(max_steps=20))
 
 
-@pytest.fixture
-def policy(tokenizer, device):
-    """A random two-layer model; EOS or any of the letters a to f ends its answers, after a few tokens or many."""
-    import model
-
+@pytest.fixture(params=["llama", "gpt2"])
+def policy(request, tokenizer, device):
+    """A random two-layer model, with relative positions or with absolute ones (which left padding shifts, if nobody
+    minds them); EOS or any of the letters a to f ends its answers, after a few tokens or many."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=128, initializer_range=0.3, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
-    )  # fmt: skip
-    policy = LlamaForCausalLM(config).to(device).eval()
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    if request.param == "llama":
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, max_position_embeddings=128, initializer_range=0.3, tie_word_embeddings=True, **ends,
+        )  # fmt: skip
+    else:
+        config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=128, initializer_range=0.3, **ends)
+    policy = AutoModelForCausalLM.from_config(config).to(device).eval()
     policy.generation_config.eos_token_id = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list("abcdef"))]
-    policy.logit_scale, policy.logit_softcap = model.measure_logits(policy)
+    policy.logit_treatment = model.measure_logits(policy)
     return policy
 
 

@@ -7,6 +7,8 @@ import pytest
 import train_value
 import train_vapo
 from model import load_tokenizer
+from problems import load_problems
+from run import BadInput
 
 
 def fails_with(capsys, main, argv, *fragments):
@@ -45,7 +47,7 @@ def fails_with(capsys, main, argv, *fragments):
 def test_bad_flags(flags, fragment, world, tmp_path, capsys):
     argv = [f"@{world}/train_vapo.args", f"--out={tmp_path}/run", "--steps=0", "--pretrain_answers=16", *flags]
     fails_with(capsys, train_vapo.main, argv, fragment)
-    assert not (tmp_path / "run" / "policy").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -71,6 +73,15 @@ def test_a_bad_line_is_named_by_file_and_line(line, fragment, world, tmp_path, c
     path = tmp_path / "bad.jsonl"
     path.write_text(f'{{"problem": "a1", "answer": "b"}}\n\n{line}\n')
     fails_with(capsys, train_vapo.main, [f"@{world}/train_vapo.args", f"--train={path}"], f"{path}, line 3", fragment)
+
+
+def test_lines_end_at_newlines_only_and_huge_numbers_are_no_traceback(tmp_path):
+    path = tmp_path / "odd.jsonl"
+    path.write_text('{"problem": "a\u2028b\x85c", "answer": "1"}\n', encoding="utf-8")
+    assert load_problems(path)[0]["problem"] == "a\u2028b\x85c"
+    path.write_text('{"problem": "a", "answer": ' + "9" * 5000 + "}")
+    with pytest.raises(BadInput, match="line 1: not JSON"):
+        load_problems(path)
 
 
 def test_an_empty_file_and_a_binary_one(world, tmp_path, capsys):

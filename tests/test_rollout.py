@@ -14,17 +14,20 @@ def draw_answers(policy, tokenizer, problems, samples=8, max_tokens=12, temperat
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("pad_token", ["<pad>", "<eos>"])
-def test_sampler_log_probs_are_training_log_probs(policy, tokenizer, problems, temperature, pad_token):
-    # Prompts of three lengths: left-padded when sampling, right-padded when training, and pad may be EOS.
-    tokenizer.pad_token = pad_token
-    policy.config.pad_token_id = tokenizer.pad_token_id
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+def test_sampler_log_probs_are_training_log_probs(policy, tokenizer, problems, temperature, pad_is_eos):
+    # Prompts of three lengths: left-padded when sampling, right-padded when training; id 0 pads, and may be an EOS too.
+    if pad_is_eos:
+        policy.generation_config.eos_token_id = [*policy.generation_config.eos_token_id, 0]
     rows = draw_answers(policy, tokenizer, problems, temperature=temperature, sample_rows=24)
     assert len(rows["length_B"].unique()) > 5 and rows["stop_B"].any() and not rows["stop_B"].all()  # rows left the cache
     logp_BT, _ = model.policy_logprobs(policy, rows, temperature)
-    mask_BT = rollout.response_mask(rows)
+    on_BT = rollout.response_mask(rows).bool()
     tolerance = 1e-4 if policy.device.type == "cpu" else 0.1  # bf16 on CUDA
-    torch.testing.assert_close(logp_BT * mask_BT, rows["sampled_logp_BT"] * mask_BT, rtol=0, atol=tolerance)
+    torch.testing.assert_close(logp_BT[on_BT], rows["sampled_logp_BT"][on_BT], rtol=0, atol=tolerance)
+    # and the last token of an answer is its only EOS
+    ends_BT = torch.isin(model.response_tokens(rows), torch.tensor(rollout.eos_ids(policy, tokenizer), device=policy.device)) & on_BT
+    assert torch.equal(ends_BT.sum(dim=1).bool(), rows["stop_B"]) and ends_BT.sum(dim=1).max() == 1
 
 
 def test_greedy_sampling_equals_generate(policy, tokenizer, problems):
@@ -105,7 +108,7 @@ def test_logit_scale_and_cap_are_measured(tokenizer):
     assert model.measure_logits(cohere) == (pytest.approx(0.125), None)
     gemma = Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=3.0, initializer_range=0.5)).eval()
     assert model.measure_logits(gemma) == (pytest.approx(1.0, abs=1e-3), 3.0)
-    gemma.logit_scale, gemma.logit_softcap = model.measure_logits(gemma)
+    gemma.logit_treatment = model.measure_logits(gemma)
     problems = [{"problem": "x", "answer": "x", "prompt": [3, 4, 5]}, {"problem": "y", "answer": "y", "prompt": [6]}]
     rows = draw_answers(gemma, tokenizer, problems)
     logp_BT, _ = model.policy_logprobs(gemma, rows, 1.0)

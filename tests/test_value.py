@@ -1,6 +1,5 @@
 """train_value.py: what is fitted, where it starts, when it stops."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -31,12 +30,14 @@ def run(world, tmp_path_factory):
     return out, value_run(world, out)
 
 
-def test_pretraining_moves_the_critic_and_never_the_policy(world, tmp_path):
-    digest = hashlib.sha256((world / "base" / "model.safetensors").read_bytes()).hexdigest()
+def test_pretraining_moves_the_critic_and_never_the_policy(world, tmp_path, monkeypatch):
+    loaded, load_policy = [], model.load_policy
+    monkeypatch.setattr(model, "load_policy", lambda *arguments: loaded.append(load_policy(*arguments)) or loaded[-1])
     metrics = value_run(world, tmp_path)
-    assert hashlib.sha256((world / "base" / "model.safetensors").read_bytes()).hexdigest() == digest
+    policy, untouched = loaded[0], load_policy(str(world / "base"), torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), untouched.parameters()))
+    assert all(weight.grad is None for weight in policy.parameters())
     critic = model.load_critic(metrics["critic"], torch.device("cpu"))
-    policy = model.load_policy(str(world / "base"), torch.device("cpu"))
     assert not torch.equal(critic.model.layers[0].mlp.up_proj.weight, policy.model.layers[0].mlp.up_proj.weight)
     assert critic.score.weight.abs().sum() > 0
 
@@ -78,8 +79,31 @@ def test_stored_answers_are_used_again_and_only_for_the_same_run(world, run, tmp
     monkeypatch.setattr(rollout, "sample", lambda *_, **__: pytest.fail("sampled again"))
     value_run(world, tmp_path, "--passes=1", f"--reuse_answers={out}/answers.pt")
     with pytest.raises(SystemExit) as stop:
-        value_run(world, tmp_path, "--temperature=0.5", f"--reuse_answers={out}/answers.pt")
+        value_run(world, tmp_path / "other", "--temperature=0.5", f"--reuse_answers={out}/answers.pt")
     assert stop.value.code == 2 and "another temperature" in capsys.readouterr().err
+
+
+def test_rewards_pass_into_the_values(world, tmp_path):
+    metrics = value_run(world, tmp_path, "--reward_correct=0", "--reward_wrong=-2", "--passes=1", "--lr=1e-9")
+    assert -2 < metrics["value_first"] < -0.5
+
+
+def test_a_short_file_is_asked_several_times_and_one_problem_is_too_few(world, tmp_path, capsys):
+    lines = (world / "train.jsonl").read_text().splitlines()
+    (tmp_path / "two.jsonl").write_text(lines[0] + "\n" + next(line for line in lines if line != lines[0]))
+    value_run(world, tmp_path / "two", f"--train={tmp_path}/two.jsonl", "--answers=64", "--passes=1")
+    rows = torch.load(tmp_path / "two" / "answers.pt", weights_only=True)["rows"]
+    assert rows["problem_B"].bincount().tolist() == [32, 32]
+    (tmp_path / "one.jsonl").write_text(lines[0])
+    with pytest.raises(SystemExit) as stop:
+        value_run(world, tmp_path / "one", f"--train={tmp_path}/one.jsonl", "--answers=16")
+    assert stop.value.code == 2 and "at least 2 problems" in capsys.readouterr().err
+
+
+def test_a_critic_is_not_overwritten(world, run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        value_run(world, run[0])
+    assert stop.value.code == 2 and "holds a critic already" in capsys.readouterr().err
 
 
 def test_it_stops_at_the_target_or_at_steps(world, run, tmp_path):

@@ -1,5 +1,6 @@
 """train_vapo.py: the mini-batch, the seven flags, the run, its artefacts and its resumption."""
 
+import functools
 import json
 import re
 from dataclasses import replace
@@ -9,13 +10,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, GPT2Config
 
 import logprobs
 import losses
 import model
 import problems as problem_files
 import rollout
+import toy
+import train_value
 import train_vapo
 
 KERNELS = SimpleNamespace(chunk_logprobs=logprobs.chunk_logprobs, policy_loss=losses.policy_loss, value_loss=losses.value_loss)
@@ -203,16 +206,67 @@ def test_the_ratio_is_one_at_the_first_update_and_moves_later(world, tmp_path):
     assert several["ratio_max"] > 1.001 and several["approx_kl"] > 1e-6 and several["gradient_steps"] == 4
 
 
-def test_a_compiled_run_equals_an_eager_one(world, tmp_path):
+def test_a_compiled_run_equals_an_eager_one(world, tmp_path, monkeypatch):
+    compiled, compile_it = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda kernel, **options: compiled.append(kernel.__name__) or compile_it(kernel, **options))
     for name, flags in (("eager", []), ("compiled", ["--compile"])):
         vapo_run(world, tmp_path / name, "--steps=1", "--no_value_pretraining", *flags)
-    eager, compiled = (without_clock(metrics_of(tmp_path / name))[1] for name in ("eager", "compiled"))
-    assert compiled == pytest.approx(eager, rel=1e-3, abs=1e-5)
+    eager, fast = (without_clock(metrics_of(tmp_path / name))[1] for name in ("eager", "compiled"))
+    assert compiled == ["chunk_logprobs", "policy_loss", "value_loss"]
+    assert fast == pytest.approx(eager, rel=1e-3, abs=1e-5)
 
 
 def test_a_run_on_every_device(world, device, tmp_path):
     vapo_run(world, tmp_path, "--steps=2", f"--device={device}")
     assert metrics_of(tmp_path)[2]["sampler_gap"] < (1e-5 if device.type == "cpu" else 0.1)
+
+
+def test_the_temperature_is_that_of_the_sampler_and_of_training(world, tmp_path):
+    vapo_run(world, tmp_path, "--steps=1", "--no_value_pretraining", "--temperature=0.6", "--mini_batch=24")
+    line = metrics_of(tmp_path)[1]
+    assert line["sampler_gap"] < 1e-5 and line["ratio_max"] == pytest.approx(1, abs=1e-4)
+
+
+def test_rewards_reach_the_pretrained_critic(world, tmp_path):
+    vapo_run(world, tmp_path, "--steps=1", "--reward_correct=0", "--reward_wrong=-2")
+    assert metrics_of(tmp_path)[1]["value_first"] < -0.5
+
+
+def test_without_a_model_the_embedded_world_is_built_and_used(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = functools.partial(toy.World, min_steps=1, max_steps=4, layers=1, width=32, updates=20, update_rows=16, test_problems=4)
+    monkeypatch.setattr(toy, "World", small)
+    returned = train_vapo.main([*SMALL, "--steps=1"])
+    assert (Path(returned["run_dir"]) / "policy" / "model.safetensors").exists() and returned["run_dir"].startswith("runs/vapo-")
+    critic = train_value.main(["--device=cpu", "--answers=64", "--passes=1", "--out=runs/value"])["critic"]
+    assert (Path(critic) / "model.safetensors").exists() and (tmp_path / "runs" / "toy" / "base").exists()
+
+
+def test_another_model_and_other_problems_take_the_same_path(tokenizer, tmp_path):
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=512, bos_token_id=None, eos_token_id=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "problems.jsonl").write_text("".join(f'{{"problem": "What is {n} plus 1?", "answer": {n + 1}}}\n' for n in range(9)))
+    files = [f"--model={tmp_path}/model", f"--train={tmp_path}/problems.jsonl", f"--test={tmp_path}/problems.jsonl"]
+    train_vapo.main([*files, *SMALL, "--steps=1", "--prompt_length=400", "--response_length=16", f"--out={tmp_path}/run"])
+    line = metrics_of(tmp_path / "run")[1]
+    assert line["accuracy"] == 0 and line["explained_variance"] is None and line["sampler_gap"] < 1e-5
+    critic = AutoModelForTokenClassification.from_pretrained(tmp_path / "run" / "critic")
+    assert critic.config.num_labels == 1 and critic.config.classifier_dropout == 0
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(world, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_vapo, "train", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            vapo_run(world, tmp_path, "--steps=1")
+    pretrained = (tmp_path / "value" / "critic" / "model.safetensors").stat().st_mtime_ns
+    train_vapo.main([f"--resume={tmp_path}"])
+    assert [line["step"] for line in metrics_of(tmp_path)] == [0, 1]
+    assert (tmp_path / "value" / "critic" / "model.safetensors").stat().st_mtime_ns == pretrained
 
 
 def test_a_run_is_deterministic(world, run, tmp_path):

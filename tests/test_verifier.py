@@ -13,7 +13,7 @@ RIGHT = [
     ("Answer: \\boxed{34}.", "34"), ("#### 34", "34"), ("k1z0####z", "z"), ("<answer> 34 </answer>", "34"),
     ("Answer: 3\nno:\nAnswer: 4", "4"), ("Answer: 14.0", "14"), ("Answer: 14", "14.0"), ("Answer: 0.5", "1/2"),
     ("\\boxed{\\frac{1}{2}}", "0.5"), ("\\boxed{\\dfrac12}", "1/2"), ("Answer: 1 1/2", "1.5"), ("Answer: 50%", "1/2"),
-    ("Answer: 50\\%", "0.5"), ("Answer: x = 5", "5"), ("Answer: 90^\\circ", "90"), ("Answer: 5 apples", "5"),
+    ("Answer: 50\\%", "0.5"), ("Answer: x = 5", "5"), ("Answer: 90^\\circ", "90"), ("Answer: 5 apples", "5"), ("Answer: 60 km/h", "60"),
     ("Answer: $1,234.50", "1234.5"), ("Answer: -\\frac{1}{2}", "-0.5"), ("Answer: \u22125", "-5"), ("Answer: +5", "5"),
     ("\\boxed{\\left( 1, 2 \\right)}", "(1,2)"), ("\\boxed{x^{2}+1}", "x^{2} + 1"),
 ]  # fmt: skip
@@ -22,6 +22,7 @@ WRONG = [
     ("\\boxed{34} and so \\boxed{3", "34"), ("<answer>34", "34"), ("Answer: 34\nAnswer: 35", "34"), ("Answer: 34 or 35", "34"),
     ("Answer: 34, 35", "34"), ("Answer: 3 4", "34"), ("Answer: -34", "34"), ("Answer: 5x", "5"), ("Answer: 1/0", "1"),
     ("Answer: 9**9**9**9", "1"), ("Answer: __import__('os')", "0"), ("####a", "b"), ("Answer: A", "a"), ("Answer: 1,00", "100"), ("Answer: (3 4)", "(34)"),
+    ("Answer: 3 pi", "3"), ("Answer: 5 million", "5"), ("Answer: 34 is wrong", "34"), ("Answer: 3*1/2", "3.5"), ("\\boxed{\\frac{1}{2}3}", "1/23"),
 ]  # fmt: skip
 
 
