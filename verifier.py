@@ -1,7 +1,7 @@
 """Is this answer right? Extraction and exact equality: no eval, no sympy, linear time, never an exception.
 
 A verdict is a reward, so a doubtful text is a wrong one. The answer must be stated in one of four ways, and the last
-statement in the text wins:
+statement in the last 4,000 characters wins:
 
     Answer: 34          (also **Answer:** 34)
     \\boxed{34}
@@ -16,6 +16,7 @@ for it. What reduces to a rational number is compared exactly, as a fraction: 1,
 import re
 from fractions import Fraction
 
+TAIL = 4_000  # characters at the end of the text in which the answer must be stated: this bounds the time
 LONGEST = 200  # characters of a stated answer that are looked at; a longer one is wrong
 
 STATEMENT = re.compile(r"answer\s{0,3}\**\s{0,3}:|\\boxed\s{0,3}\{|####|<answer>", re.IGNORECASE)
@@ -32,7 +33,7 @@ NUMBER = re.compile(r"([+-]?)(?:(\d{1,100})\s+)?(\d{1,100}(?:\.\d{0,100})?|\.\d{
 
 def extract_answer(text):
     """The last answer stated in a model's text, stripped, or None where none is stated or the last one is cut off."""
-    text = SPECIAL_TOKEN.sub("", text)
+    text = SPECIAL_TOKEN.sub("", text[-TAIL:])
     *_, found = [None, *STATEMENT.finditer(text)]
     if found is None:
         return None

@@ -36,6 +36,10 @@ def test_wrong(text, answer):
     assert not verify(text, answer)
 
 
+def test_only_the_end_of_a_long_text_is_read():
+    assert verify("Answer: 34" + "\n" * 3_000, "34") and not verify("Answer: 34" + "\n" * 5_000, "34")
+
+
 def test_what_is_extracted():
     assert extract_answer("first \\boxed{1} then \\boxed{\\frac{1}{2}} .") == "\\frac{1}{2}"
     assert extract_answer("**Answer:** 34 \nthanks") == "** 34"
@@ -51,4 +55,4 @@ def test_what_is_extracted():
 def test_hostile_texts_are_wrong_and_quick(text):
     started = time.perf_counter()
     assert not verify(text, "1")
-    assert time.perf_counter() - started < 0.5
+    assert time.perf_counter() - started < 0.2  # a few ms when nothing else runs
