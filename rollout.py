@@ -14,11 +14,20 @@ T response tokens; R rows still being sampled; V vocabulary.
 import torch
 from tqdm import tqdm
 
-from model import autocast
+from gae import explained_variance
+from model import autocast, critic_values
 from run import seeded_generator
 from verifier import verify
 
 COMPACT_BELOW = 0.75  # finished rows are dropped from the cache when less than this share of its rows is alive
+
+
+def next_problems(problems, count, order):
+    """The next `count` problems of an endless shuffle; `order` (generator, queue) remembers where it stands."""
+    while len(order["queue"]) < count:
+        order["queue"] += torch.randperm(len(problems), generator=order["generator"]).tolist()
+    chosen, order["queue"] = order["queue"][:count], order["queue"][count:]
+    return [problems[i] for i in chosen]
 
 
 @torch.no_grad()
@@ -202,3 +211,43 @@ def evaluate(policy, tokenizer, problems, samples, settings, seed, progress=None
         "length": rows["length_B"].float().mean().item(),
         "truncated": 1.0 - rows["stop_B"].float().mean().item(),
     }, rows
+
+
+def rollout_metrics(rows):
+    """What is known of a rollout before the update (the glossary in the README defines each name)."""
+    mask_BT = response_mask(rows)
+    tokens = mask_BT.sum()
+    last_B1 = rows["length_B"][:, None] - 1
+    return {
+        "reward": rows["reward_B"].mean(),
+        "accuracy": rows["correct_B"].float().mean(),
+        "length": rows["length_B"].float().mean(),
+        "length_max": rows["length_B"].max(),
+        "truncated": 1 - rows["stop_B"].float().mean(),
+        "entropy": (rows["entropy_BT"] * mask_BT).sum() / tokens,
+        "sampler_gap": ((rows["sampled_logp_BT"] - rows["old_logp_BT"]).abs() * mask_BT).sum() / tokens,
+        "explained_variance": explained_variance(rows["old_value_BT"], rows["reward_B"][:, None] * mask_BT, mask_BT),
+        "value_first": rows["old_value_BT"][:, 0].mean(),
+        "value_last": rows["old_value_BT"].gather(1, last_B1).mean(),
+        "advantage": (rows["adv_BT"] * mask_BT).sum() / tokens,
+        "lambda_min": rows["lam_B"].min(),
+        "lambda": rows["lam_B"].mean(),
+        "lambda_max": rows["lam_B"].max(),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def describe_samples(critic, tokenizer, problems, rows, samples):
+    """The first two answers to the first four problems, with the verdict and V at every token, for samples.jsonl."""
+    index = [i for i in range(min(4 * samples, len(rows["length_B"]))) if i % samples < 2]
+    part = take(rows, torch.tensor(index, device=rows["length_B"].device))
+    value_BT = critic_values(critic, part)
+    described = []
+    for i, text in enumerate(texts(part, tokenizer)):
+        problem = problems[int(part["problem_B"][i])]
+        described.append({
+            "problem": problem["problem"], "answer": problem["answer"], "response": text,
+            "correct": bool(part["correct_B"][i]), "finish": "stop" if part["stop_B"][i] else "length",
+            "values": [round(value, 4) for value in value_BT[i, : int(part["length_B"][i])].tolist()],
+        })  # fmt: skip
+    return described

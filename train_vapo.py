@@ -182,37 +182,6 @@ def old_logprobs_and_values(policy, critic, rows, settings, kernels):
     return rows
 
 
-def rollout_metrics(rows):
-    """What is known of a rollout before the update (the glossary in the README defines each name)."""
-    mask_BT = rollout.response_mask(rows)
-    tokens = mask_BT.sum()
-    last_B1 = rows["length_B"][:, None] - 1
-    return {
-        "reward": rows["reward_B"].mean(),
-        "accuracy": rows["correct_B"].float().mean(),
-        "length": rows["length_B"].float().mean(),
-        "length_max": rows["length_B"].max(),
-        "truncated": 1 - rows["stop_B"].float().mean(),
-        "entropy": (rows["entropy_BT"] * mask_BT).sum() / tokens,
-        "sampler_gap": ((rows["sampled_logp_BT"] - rows["old_logp_BT"]).abs() * mask_BT).sum() / tokens,
-        "explained_variance": gae.explained_variance(rows["old_value_BT"], rows["reward_B"][:, None] * mask_BT, mask_BT),
-        "value_first": rows["old_value_BT"][:, 0].mean(),
-        "value_last": rows["old_value_BT"].gather(1, last_B1).mean(),
-        "advantage": (rows["adv_BT"] * mask_BT).sum() / tokens,
-        "lambda_min": rows["lam_B"].min(),
-        "lambda": rows["lam_B"].mean(),
-        "lambda_max": rows["lam_B"].max(),
-    }  # fmt: skip
-
-
-def next_problems(problems, count, order):
-    """The next `count` problems of an endless shuffle; `order` (generator, queue) remembers where it stands."""
-    while len(order["queue"]) < count:
-        order["queue"] += torch.randperm(len(problems), generator=order["generator"]).tolist()
-    chosen, order["queue"] = order["queue"][:count], order["queue"][count:]
-    return [problems[i] for i in chosen]
-
-
 def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems, log, state):
     """The run, from prompt to gradient. `state` is a checkpoint to go on from, or None.
 
@@ -241,7 +210,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
         metrics, rows = rollout.evaluate(
             policy, tokenizer, test_problems, settings.eval_samples, settings, settings.seed, progress=f"evaluation {step}"
         )
-        log.samples(step, describe_samples(critic, tokenizer, test_problems, rows, settings.eval_samples))
+        log.samples(step, rollout.describe_samples(critic, tokenizer, test_problems, rows, settings.eval_samples))
         return metrics, {f"test_{name}": value for name, value in metrics.items()} | {"seconds_eval": time.time() - started}
 
     def save(step):
@@ -266,7 +235,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
         clock = [time.time()]
         # Piece 7, group sampling: few prompts with many samples each, or as many answers to as many prompts.
         prompts, samples = (settings.prompts, settings.samples) if settings.group_sampling else (settings.prompts * settings.samples, 1)
-        asked = next_problems(problems, prompts, order)
+        asked = rollout.next_problems(problems, prompts, order)
         rows = rollout.sample(
             policy, tokenizer, asked, samples, settings.response_length, settings.temperature, generators["sample"],
             settings.sample_rows, progress="sampling",
@@ -293,7 +262,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
             updates.append(metrics)
         clock.append(time.time())
 
-        numbers = rollout_metrics(rows) | {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+        numbers = rollout.rollout_metrics(rows) | {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
         numbers["ratio_max"] = max(u["ratio_max"] for u in updates)
         seconds = [end - start for start, end in zip(clock, clock[1:])]
         numbers |= dict(zip(("seconds_sample", "seconds_score", "seconds_update"), seconds))
@@ -310,23 +279,6 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
         if last or (settings.save_every and step % settings.save_every == 0):
             save(step)
     return before, after
-
-
-@torch.no_grad()
-def describe_samples(critic, tokenizer, problems, rows, samples):
-    """The first two answers to the first four problems, with the verdict and V at every token, for samples.jsonl."""
-    index = [i for i in range(min(4 * samples, len(rows["length_B"]))) if i % samples < 2]
-    part = rollout.take(rows, torch.tensor(index, device=rows["length_B"].device))
-    value_BT = model.critic_values(critic, part)
-    described = []
-    for i, text in enumerate(rollout.texts(part, tokenizer)):
-        problem = problems[int(part["problem_B"][i])]
-        described.append({
-            "problem": problem["problem"], "answer": problem["answer"], "response": text,
-            "correct": bool(part["correct_B"][i]), "finish": "stop" if part["stop_B"][i] else "length",
-            "values": [round(value, 4) for value in value_BT[i, : int(part["length_B"][i])].tolist()],
-        })  # fmt: skip
-    return described
 
 
 def pretrained_critic(settings, run_dir):

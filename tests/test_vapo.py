@@ -371,6 +371,6 @@ def test_samples_show_prompt_answer_verdict_and_values(run):
 
 def test_next_problems_goes_through_all_of_them_before_any_comes_again():
     order = {"generator": torch.Generator().manual_seed(0), "queue": []}
-    drawn = [train_vapo.next_problems(list(range(10)), 4, order) for _ in range(5)]
+    drawn = [rollout.next_problems(list(range(10)), 4, order) for _ in range(5)]
     drawn = sum(drawn, [])
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10)) and drawn[:10] != drawn[10:]
