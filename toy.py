@@ -230,7 +230,7 @@ def best_values(world_dir, problems, tokenizer, fit_rows, rows):
 SETTINGS = {
     "common": {"prompt_template": "{problem}:", "prompt_length": 8, "micro_batch": 32},
     "train_value": {"lr": 1e-3, "answers": 4096, "samples": 8},
-    "train_vapo": {"lr": 4e-4, "critic_lr": 5e-4, "alpha": 0.5, "pretrain_lr": 1e-3, "pretrain_answers": 4096},
+    "train_vapo": {"lr": 4e-4, "critic_lr": 5e-4, "alpha": 0.5, "pretrain_lr": 1e-3, "pretrain_passes": 8},
 }
 
 

@@ -63,7 +63,7 @@ class Settings(RunSettings):
     batch: int = flag(64, "answers per optimiser step")
     passes: int = flag(10, "most passes over the answers")
     steps: int = flag(0, "most optimiser steps; 0: no limit but --passes")
-    patience: int = flag(2, "passes without a lower held-out loss before it stops")
+    patience: int = flag(3, "passes without a lower held-out loss before it stops")
     target_explained_variance: float = flag(1.0, "stop once the held-out explained variance is this high")
     max_grad_norm: float = flag(1.0, "gradient clipping")
 
