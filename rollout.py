@@ -14,20 +14,21 @@ T response tokens; R rows still being sampled; V vocabulary.
 import torch
 from tqdm import tqdm
 
+from dapo import mixed_groups
 from gae import explained_variance
 from model import autocast, critic_values
-from run import seeded_generator
+from run import BadInput, seeded_generator
 from verifier import verify
 
 COMPACT_BELOW = 0.75  # finished rows are dropped from the cache when less than this share of its rows is alive
 
 
 def next_problems(problems, count, order):
-    """The next `count` problems of an endless shuffle; `order` (generator, queue) remembers where it stands."""
+    """The next `count` indices into an endless shuffle of the problems; `order` (generator, queue) remembers where it stands."""
     while len(order["queue"]) < count:
         order["queue"] += torch.randperm(len(problems), generator=order["generator"]).tolist()
     chosen, order["queue"] = order["queue"][:count], order["queue"][count:]
-    return [problems[i] for i in chosen]
+    return chosen
 
 
 @torch.no_grad()
@@ -160,6 +161,42 @@ def judge(rows, tokenizer, problems, reward_correct=1.0, reward_wrong=0.0):
     return rows
 
 
+def refill(answers, prompts, samples, generations=None):
+    """A rollout from batches of judged answers; with dynamic sampling, of groups that are neither all right nor all wrong.
+
+    Args: answers, a function that returns the next batch of `prompts` groups of `samples` answers; generations, the most
+        batches to draw for one rollout, or None: the first batch is taken as it is.
+    Returns: (rows of exactly `prompts` groups, {"accuracy", "answers", "generations"} of all that was drawn for them).
+    Raises: BadInput when that many batches do not hold enough mixed groups.
+    """
+    parts, kept, correct = [], 0, []
+    while kept < prompts:
+        if generations is not None and len(correct) == generations:
+            raise BadInput(
+                f"dynamic sampling found {kept} of {prompts} groups with right and wrong answers in {generations} batches of them: "
+                "the problems are too easy or too hard for this policy by now; raise --generations, or take other problems"
+            )
+        rows = answers()
+        correct.append(rows["correct_B"].float().mean().item())
+        if generations is None:
+            parts, kept = [rows], prompts
+        elif (keep_B := mixed_groups(rows["correct_B"], samples)).any():
+            parts.append(take(rows, keep_B.nonzero()[: (prompts - kept) * samples, 0]))
+            kept += len(parts[-1]["length_B"]) // samples
+    drawn = {"accuracy": sum(correct) / len(correct), "generations": len(correct)}
+    return concatenate(parts), drawn | {"answers": len(correct) * prompts * samples}
+
+
+@torch.no_grad()
+def values(critic, rows, micro_batch, shift=0):
+    """value_BT of all rows, `micro_batch` at a time; 0 on padding (`shift`: see `model.critic_values`)."""
+    value_BT = torch.zeros_like(response_mask(rows))
+    for index in micro_batches(rows, micro_batch):
+        part = take(rows, index)
+        value_BT[index, : int(part["length_B"].max())] = critic_values(critic, part, shift) * response_mask(part)
+    return value_BT
+
+
 def response_mask(rows):
     """mask_BT: 1 on response tokens, from the lengths alone."""
     width = int(rows["length_B"].max())
@@ -217,31 +254,34 @@ def rollout_metrics(rows):
     """What is known of a rollout before the update (the glossary in the README defines each name)."""
     mask_BT = response_mask(rows)
     tokens = mask_BT.sum()
-    last_B1 = rows["length_B"][:, None] - 1
-    return {
+    numbers = {
         "reward": rows["reward_B"].mean(),
-        "accuracy": rows["correct_B"].float().mean(),
         "length": rows["length_B"].float().mean(),
         "length_max": rows["length_B"].max(),
         "truncated": 1 - rows["stop_B"].float().mean(),
         "entropy": (rows["entropy_BT"] * mask_BT).sum() / tokens,
         "sampler_gap": ((rows["sampled_logp_BT"] - rows["old_logp_BT"]).abs() * mask_BT).sum() / tokens,
-        "explained_variance": explained_variance(rows["old_value_BT"], rows["reward_B"][:, None] * mask_BT, mask_BT),
-        "value_first": rows["old_value_BT"][:, 0].mean(),
-        "value_last": rows["old_value_BT"].gather(1, last_B1).mean(),
         "advantage": (rows["adv_BT"] * mask_BT).sum() / tokens,
-        "lambda_min": rows["lam_B"].min(),
-        "lambda": rows["lam_B"].mean(),
-        "lambda_max": rows["lam_B"].max(),
-    }  # fmt: skip
+    }
+    if "old_value_BT" in rows:
+        last_B1 = rows["length_B"][:, None] - 1
+        numbers |= {
+            "explained_variance": explained_variance(rows["old_value_BT"], rows["reward_B"][:, None] * mask_BT, mask_BT),
+            "value_first": rows["old_value_BT"][:, 0].mean(),
+            "value_last": rows["old_value_BT"].gather(1, last_B1).mean(),
+            "lambda_min": rows["lam_B"].min(),
+            "lambda": rows["lam_B"].mean(),
+            "lambda_max": rows["lam_B"].max(),
+        }
+    return numbers
 
 
 @torch.no_grad()
 def describe_samples(critic, tokenizer, problems, rows, samples):
-    """The first two answers to the first four problems, with the verdict and V at every token, for samples.jsonl."""
+    """The first two answers to the first four problems, with the verdict and, of a critic, V at every token."""
     index = [i for i in range(min(4 * samples, len(rows["length_B"]))) if i % samples < 2]
     part = take(rows, torch.tensor(index, device=rows["length_B"].device))
-    value_BT = critic_values(critic, part)
+    value_BT = critic_values(critic, part) if critic else torch.zeros(len(index), 0)
     described = []
     for i, text in enumerate(texts(part, tokenizer)):
         problem = problems[int(part["problem_B"][i])]

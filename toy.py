@@ -15,8 +15,7 @@ from c. The base model has learned from demonstrations that work aloud, one lett
 so RL can do here what it does to a long chain of thought: take more care, correct more, stop guessing (the answers
 grow longer). Numbers of steps are log-uniform, so that answers differ in length by tens of times.
 
-What no real data set offers: the truth is known at every token (`trace`), and with it the best value that any critic
-could predict, up to a small error of counting (`best_values`).
+What no real data set offers: the truth is known at every token (truth.py).
 """
 
 import json
@@ -161,68 +160,6 @@ def train_base(world, step, tokenizer, problems, progress=True):
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{total:.3f}")
     return model
-
-
-def trace(step, letter, steps, tokens):
-    """What is true before each token of an answer: a list of (phase, on_track, left), one per token.
-
-    phase: "work" (a letter or #### comes next), "right" / "wrong" (a letter stands that is / is not the true next one),
-    "redo" (after the mark), "answer" (after ####), "said right" / "said wrong", "odd" (nothing a demonstration does).
-    on_track: the last counted letter is the true one; once it is False only a second, lucky slip helps. left: steps
-    to go after the last counted letter.
-    """
-    truth = [letter]
-    for _ in range(steps):
-        truth.append(step[truth[-1]])
-    phase, current, left, written, states = "work", letter, steps, None, []
-    for token in tokens:
-        states.append((phase, current == truth[steps - left], left))
-        if phase in ("work", "redo") and token in LETTERS and left > 0:
-            phase, written = ("right" if token == truth[steps - left + 1] else "wrong"), token
-        elif phase in ("right", "wrong") and token == str(left - 1):
-            phase, current, left = "work", written, left - 1
-        elif phase in ("right", "wrong") and token == REDO:
-            phase = "redo"
-        elif phase == "work" and token == ANSWER:
-            phase = "answer"
-        elif phase == "answer" and token in LETTERS:
-            phase = "said right" if token == truth[steps] else "said wrong"
-        else:
-            phase = "odd"
-    return states
-
-
-def best_values(world_dir, problems, tokenizer, fit_rows, rows):
-    """An estimate of the best possible critic's value_BT for `rows`: P(correct | what is true so far).
-
-    A critic that reads the text perfectly knows the phase, whether the answer is still on track, and the steps left. Given
-    these, the rest of the text says little (the policy slips a bit more at some letters than at others), so the mean
-    outcome of the answers in `fit_rows` that share them is close to what no critic can beat. States seen seldom are
-    drawn towards the mean over all `left`, with the weight of two answers.
-    """
-    step = json.loads((Path(world_dir) / "world.json").read_text())["map"]
-
-    def states(part):
-        for i in range(len(part["length_B"])):
-            problem = problems[int(part["problem_B"][i])]["problem"]
-            start, length = int(part["prompt_length_B"][i]), int(part["length_B"][i])
-            tokens = tokenizer.convert_ids_to_tokens(part["token_BL"][i, start : start + length].tolist())
-            yield i, trace(step, problem[0], int(problem[1:]), tokens)
-
-    sums = {}
-    for i, row_states in states(fit_rows):
-        for phase, on_track, left in row_states:
-            for state in ((phase, on_track, left), (phase, on_track)):
-                total, count = sums.get(state, (0.0, 0))
-                sums[state] = (total + float(fit_rows["reward_B"][i]), count + 1)
-    value_BT = torch.zeros(len(rows["length_B"]), int(rows["length_B"].max()))
-    for i, row_states in states(rows):
-        for t, (phase, on_track, left) in enumerate(row_states):
-            total, count = sums.get((phase, on_track), (0.0, 0))
-            prior = total / count if count else 0.0
-            total, count = sums.get((phase, on_track, left), (0.0, 0))
-            value_BT[i, t] = (total + 2 * prior) / (count + 2)
-    return value_BT
 
 
 # What each script is told in this world: `python train_vapo.py` is `python train_vapo.py @runs/toy/train_vapo.args`.

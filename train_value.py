@@ -31,6 +31,7 @@ import model
 import problems as problem_files
 import rollout
 import toy
+import truth
 from gae import explained_variance
 from run import (
     Log,
@@ -133,14 +134,10 @@ def objective_columns(rows, objective):
 
 @torch.no_grad()
 def measure(critic, rows, objective, micro_batch):
-    """Loss and explained variance under the objective, and V as a critic would give it at the first and last token."""
+    """Returns: (loss and explained variance under the objective, V at the first and last token; value_BT, as a critic's)."""
     target_BT, mask_BT, shift = objective_columns(rows, objective)
-    fitted_BT, value_BT = torch.zeros_like(mask_BT), torch.zeros_like(mask_BT)
-    for index in rollout.micro_batches(rows, micro_batch):
-        part = rollout.take(rows, index)
-        width = int(part["length_B"].max())
-        value_BT[index, :width] = model.critic_values(critic, part)
-        fitted_BT[index, :width] = model.critic_values(critic, part, shift) if shift else value_BT[index, :width]
+    value_BT = rollout.values(critic, rows, micro_batch)
+    fitted_BT = rollout.values(critic, rows, micro_batch, shift) if shift else value_BT
     weight_BT = losses.token_weights(mask_BT, "token")
     last_B1 = rows["length_B"][:, None] - 1
     return {
@@ -148,11 +145,11 @@ def measure(critic, rows, objective, micro_batch):
         "explained_variance": explained_variance(fitted_BT, target_BT, mask_BT).item(),
         "value_first": value_BT[:, 0].mean().item(),
         "value_last": value_BT.gather(1, last_B1).mean().item(),
-    }
+    }, value_BT
 
 
-def fit(settings, critic, rows, held_out_rows, known, log):
-    """Offline passes over the rows. `known`: numbers to log beside each measurement (the best possible, if known).
+def fit(settings, critic, rows, held_out_rows, score, log):
+    """Offline passes over the rows. `score`: value_BT of the held-out rows → numbers to log beside each measurement.
 
     Returns: (metrics of the kept pass, its optimiser step); the critic has the weights of that pass.
     """
@@ -166,7 +163,8 @@ def fit(settings, critic, rows, held_out_rows, known, log):
 
     def measured(numbers):
         """Reports a pass; returns its metrics, its step and the critic's weights."""
-        held_out = measure(critic, held_out_rows, settings.objective, settings.micro_batch) | known
+        held_out, value_BT = measure(critic, held_out_rows, settings.objective, settings.micro_batch)
+        held_out |= score(value_BT)
         report(log, step, numbers | held_out)
         return {"held_out": held_out, "step": step, "weights": copy.deepcopy(critic.state_dict())}
 
@@ -238,12 +236,19 @@ def main(argv=None):
     known = {}
     if settings.world and settings.objective == "value":  # the truth is known there: what could any critic explain?
         target_BT, mask_BT, _ = objective_columns(held_out_rows, "value")
-        best_BT = toy.best_values(settings.world, problems, tokenizer, fit_rows, held_out_rows).to(device)
+        best_BT = truth.best_values(settings.world, problems, tokenizer, fit_rows, held_out_rows).to(device)
         known["best_explained_variance"] = explained_variance(best_BT, target_BT, mask_BT).item()
+
+    def score(value_BT):
+        if not settings.world:
+            return {}
+        drops = truth.step_drops(settings.world, problems, tokenizer, held_out_rows, value_BT)
+        return known | {"slip_auc": truth.auc(*drops)}
+
     critic = model.load_critic(settings.init or settings.model, device, mean_reward=fit_rows["reward_B"].mean().item())
     log = Log(out)
     write_json(out / "config.json", {"settings": to_argv(settings), "on": describe(device)})
-    metrics, step = fit(settings, critic, fit_rows, held_out_rows, known, log)
+    metrics, step = fit(settings, critic, fit_rows, held_out_rows, score, log)
     critic_dir = out / "critic"
     checkpoint.export(critic, tokenizer, critic_dir)
     log.close()

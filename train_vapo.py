@@ -3,6 +3,7 @@
     python train_vapo.py                                             # the embedded world, minutes on a laptop
     python train_vapo.py --model DIR --train FILE --test FILE        # any causal LM, any JSONL of problems
     python train_vapo.py --no_length_adaptive_gae                    # without one of the seven pieces
+    python train_vapo.py --preset ppo                                # or vc_ppo, grpo, dapo: the rivals, as settings of it
     python train_vapo.py --resume runs/NAME                          # go on from the last checkpoint
 
 PPO with seven changes, each in its place below and each with a flag:
@@ -21,11 +22,13 @@ import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 from tqdm import tqdm
 
 import checkpoint
+import dapo
 import gae
 import logprobs
 import losses
@@ -34,6 +37,7 @@ import problems as problem_files
 import rollout
 import toy
 import train_value
+import truth
 from run import (
     Log,
     RunSettings,
@@ -49,15 +53,31 @@ from run import (
     write_json,
 )  # fmt: skip
 
+# The rivals, each as what differs from VAPO. A flag given beside --preset counts more than the preset.
+PRESETS = {
+    "vapo": {},
+    "vc_ppo": {  # arXiv 2503.01491: PPO with value pretraining and decoupled GAE, λ_policy fixed
+        "length_adaptive_gae": False, "token_level_loss": False, "clip_higher": False, "positive_nll": False, "group_sampling": False,
+    },
+    "ppo": {  # arXiv 2504.05118 §5.1, "vanilla PPO": all seven off, the critic starts from a reward model
+        "value_pretraining": False, "decoupled_gae": False, "length_adaptive_gae": False, "token_level_loss": False,
+        "clip_higher": False, "positive_nll": False, "group_sampling": False, "reward_model": "fit",
+    },
+    "grpo": {"critic_free": True, "token_level_loss": False, "clip_higher": False, "positive_nll": False},  # arXiv 2402.03300, no KL
+    "dapo": {"critic_free": True, "positive_nll": False, "dynamic_sampling": True, "overlong": 0.2},  # arXiv 2503.14476
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Settings(RunSettings):
+    preset: Literal["vapo", "vc_ppo", "ppo", "grpo", "dapo"] = flag("vapo", "the algorithm: what it changes stands in PRESETS")
     test: str = flag("", "held-out problems, like --train")
     out: str = flag("", "run directory; empty: runs/vapo-DATE-TIME")
-    resume: str = flag("", "go on with the run in this directory; of other flags only --steps, --eval_every, --save_every")
-    critic: str = flag("", "start from this critic (or reward model) as it is; empty: pretrain one (train_value.py)")
+    resume: str = flag("", "go on with the run in this directory; of other flags only --steps, --eval_every, --save_every, --generations")
+    critic: str = flag("", "start from this pretrained critic, as it is; empty: pretrain one (train_value.py)")
+    reward_model: str = flag("", "the critic starts from this reward model; fit: from one fitted here; empty: from the policy's trunk")
 
-    value_pretraining: bool = flag(True, "1: pretrain the critic; off: start from --critic, or from the policy's trunk")
+    value_pretraining: bool = flag(True, "1: pretrain the critic; off: it starts as --critic or --reward_model says")
     decoupled_gae: bool = flag(True, "2: λ of its own for the critic's targets; off: they use the policy's")
     length_adaptive_gae: bool = flag(True, "3: λ_policy = 1 - 1/(alpha l); off: --lam_policy")
     token_level_loss: bool = flag(True, "4: every token weighs the same in the policy loss; off: every answer does")
@@ -82,7 +102,11 @@ class Settings(RunSettings):
     value_clip: float = flag(0.0, "clip range of the value loss around the old values; 0: none")
     whiten: bool = flag(False, "whiten the advantages over the rollout")
 
-    pretrain_init: str = flag("", "value pretraining: start from this reward model or critic; empty: from the policy's trunk")
+    critic_free: bool = flag(False, "no critic: one advantage an answer, relative to its group (GRPO, DAPO); pieces 1 to 3 have no part")
+    dynamic_sampling: bool = flag(False, "replace the groups that are all right or all wrong by others (DAPO)")
+    generations: int = flag(10, "dynamic sampling: most batches of answers for one rollout")
+    overlong: float = flag(0.0, "soft overlong punishment over this last share of --response_length (DAPO: 0.2); 0: none")
+
     pretrain_answers: int = flag(4096, "value pretraining: answers sampled from the frozen policy")
     pretrain_lr: float = flag(2e-6, "value pretraining: learning rate")
     pretrain_passes: int = flag(10, "value pretraining: most passes over the answers")
@@ -94,21 +118,28 @@ class Settings(RunSettings):
 
     def check(self):
         super().check()
-        for name in ("prompts", "samples", "mini_batch", "pretrain_answers", "pretrain_passes", "eval_samples"):
+        for name in ("prompts", "samples", "mini_batch", "pretrain_answers", "pretrain_passes", "eval_samples", "generations"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
         for name in ("steps", "warmup", "mu", "value_clip", "eval_every", "save_every", "pretrain_steps"):
             require(getattr(self, name) >= 0, f"--{name} must not be negative")
         for name in ("lr", "critic_lr", "pretrain_lr", "max_grad_norm", "alpha", "eps_high"):
             require(getattr(self, name) > 0, f"--{name} must be positive")
-        for name in ("lam_policy", "lam_critic"):
+        for name in ("lam_policy", "lam_critic", "overlong"):
             require(0 <= getattr(self, name) <= 1, f"--{name} must be between 0 and 1")
         require(0 < self.eps_low < 1, "--eps_low must be between 0 and 1")
+        require(not self.critic_free or not (self.critic or self.reward_model), "--critic_free has no use for --critic or --reward_model")
+        if self.critic_free or self.dynamic_sampling:
+            name = "--critic_free" if self.critic_free else "--dynamic_sampling"
+            require(self.group_sampling and self.samples > 1, f"{name} compares the answers of a group: it needs --samples above 1")
         require(bool(self.test), 'give --test FILE: held-out problems, a JSONL of {"problem": ..., "answer": ...}')
 
 
 def compute_advantages(rows, settings):
-    """Adds reward_BT, lam_B, adv_BT and target_BT to rows that have old_value_BT; returns the rows."""
+    """Adds adv_BT and, where there is a critic, reward_BT, lam_B and target_BT to rows; returns the rows."""
     mask_BT = rollout.response_mask(rows)
+    if settings.critic_free:
+        rows["adv_BT"] = dapo.group_advantage(rows["reward_B"], settings.samples)[:, None] * mask_BT
+        return rows
     rows["reward_BT"] = gae.terminal_reward(rows["reward_B"], rows["length_B"], mask_BT.shape[1])
     if settings.length_adaptive_gae:  # piece 3
         lam_B = gae.length_adaptive_lambda(rows["length_B"], settings.alpha)
@@ -137,20 +168,22 @@ def add_weights(batch, settings):
 
 
 def backward(policy, critic, batch, settings, kernels):
-    """Accumulates both models' gradients over one mini-batch with weights; returns its metrics (sums over the split)."""
+    """Accumulates the models' gradients over one mini-batch with weights; returns its metrics (sums over the split)."""
     eps_high = settings.eps_high if settings.clip_higher else settings.eps_low  # piece 5
     mu = settings.mu if settings.positive_nll else 0.0  # piece 6
-    sums = {"policy_loss": 0.0, "nll_loss": 0.0, "value_loss": 0.0}
+    sums = {"policy_loss": 0.0, "nll_loss": 0.0} | ({"value_loss": 0.0} if critic else {})
     ratio_max, ratio_sums = 0.0, {"clip_low": 0.0, "clip_high": 0.0, "approx_kl": 0.0}
     for index in rollout.micro_batches(batch, settings.micro_batch):
         micro = rollout.take(batch, index)
         mask_BT = rollout.response_mask(micro)
 
-        value_BT = model.critic_values(critic, micro)
-        value_clip = settings.value_clip or None
-        value_loss_BT = kernels.value_loss(value_BT, micro["target_BT"], micro["old_value_BT"], value_clip)
-        value_loss = (value_loss_BT * micro["critic_weight_BT"]).sum()
-        value_loss.backward()
+        if critic:
+            value_BT = model.critic_values(critic, micro)
+            value_clip = settings.value_clip or None
+            value_loss_BT = kernels.value_loss(value_BT, micro["target_BT"], micro["old_value_BT"], value_clip)
+            value_loss = (value_loss_BT * micro["critic_weight_BT"]).sum()
+            value_loss.backward()
+            sums["value_loss"] += value_loss.item()
 
         logp_BT, _ = model.policy_logprobs(policy, micro, settings.temperature, kernels.chunk_logprobs)
         policy_loss_BT = kernels.policy_loss(logp_BT, micro["old_logp_BT"], micro["adv_BT"], settings.eps_low, eps_high)
@@ -158,8 +191,8 @@ def backward(policy, critic, batch, settings, kernels):
         nll_loss = (losses.nll_loss(logp_BT) * micro["nll_weight_BT"]).sum()
         (policy_loss + mu * nll_loss).backward()
 
-        for name, loss in (("policy_loss", policy_loss), ("nll_loss", nll_loss), ("value_loss", value_loss)):
-            sums[name] += loss.item()
+        sums["policy_loss"] += policy_loss.item()
+        sums["nll_loss"] += nll_loss.item()
         ratios = losses.ratio_metrics(logp_BT, micro["old_logp_BT"], micro["adv_BT"], mask_BT, settings.eps_low, eps_high)
         ratio_max = max(ratio_max, ratios.pop("ratio_max").item())
         for name, total in ratios.items():
@@ -170,15 +203,16 @@ def backward(policy, critic, batch, settings, kernels):
 
 @torch.no_grad()
 def old_logprobs_and_values(policy, critic, rows, settings, kernels):
-    """Adds old_logp_BT, entropy_BT and old_value_BT, from the same code as training: the first ratio is 1."""
-    for name in ("old_logp_BT", "entropy_BT", "old_value_BT"):
+    """Adds old_logp_BT, entropy_BT and, with a critic, old_value_BT, from the same code as training: the first ratio is 1."""
+    for name in ("old_logp_BT", "entropy_BT"):
         rows[name] = torch.zeros_like(rows["sampled_logp_BT"])
     for index in rollout.micro_batches(rows, 4 * settings.micro_batch):
         part = rollout.take(rows, index)
         width = int(part["length_B"].max())
         logp_BT, entropy_BT = model.policy_logprobs(policy, part, settings.temperature, kernels.chunk_logprobs)
         rows["old_logp_BT"][index, :width], rows["entropy_BT"][index, :width] = logp_BT, entropy_BT
-        rows["old_value_BT"][index, :width] = model.critic_values(critic, part)
+    if critic:
+        rows["old_value_BT"] = rollout.values(critic, rows, 4 * settings.micro_batch)
     return rows
 
 
@@ -193,7 +227,9 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
         chunk_logprobs=wrap(logprobs.chunk_logprobs), policy_loss=wrap(losses.policy_loss), value_loss=wrap(losses.value_loss)
     )
     learners = {}
-    for name, network, lr in (("policy", policy, settings.lr), ("critic", critic, settings.critic_lr)):
+    for name, network, lr in (("critic", critic, settings.critic_lr), ("policy", policy, settings.lr)):
+        if network is None:
+            continue
         optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.0, fused=True)
         warmup = max(1, settings.warmup)
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
@@ -204,6 +240,21 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
         "mini_batch": seeded_generator(settings.seed, "mini-batches"),
     }
     order = {"generator": generators["order"], "queue": []}
+    # Piece 7, group sampling: few prompts with many samples each, or as many answers to as many prompts.
+    prompts, samples = (settings.prompts, settings.samples) if settings.group_sampling else (settings.prompts * settings.samples, 1)
+
+    def answers():
+        """One batch of judged answers. The verifier's verdict is the reward; DAPO punishes length beside it."""
+        asked = rollout.next_problems(problems, prompts, order)
+        rows = rollout.sample(
+            policy, tokenizer, [problems[i] for i in asked], samples, settings.response_length, settings.temperature,
+            generators["sample"], settings.sample_rows, progress="sampling",
+        )  # fmt: skip
+        rows["problem_B"] = torch.tensor(asked, device=device)[rows["problem_B"]]
+        rollout.judge(rows, tokenizer, problems, settings.reward_correct, settings.reward_wrong)
+        if cache := round(settings.overlong * settings.response_length):
+            rows["reward_B"] += dapo.overlong_punishment(rows["length_B"], settings.response_length, cache)
+        return rows
 
     def evaluate(step):
         started = time.time()
@@ -216,10 +267,11 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
     def save(step):
         saved = {name: learner.state_dict() for name, learner in learners.items()}
         saved |= {f"{name}_generator": source.get_state() for name, source in generators.items()}
-        checkpoint.save(run_dir, saved | {"step": step, "queue": order["queue"], "before": before, "after": after})
+        numbers = {"step": step, "queue": order["queue"], "sampled": sampled, "before": before, "after": after}
+        checkpoint.save(run_dir, saved | numbers)
 
     if state is None:
-        first, (before, numbers) = 0, evaluate(0)
+        first, sampled, (before, numbers) = 0, 0, evaluate(0)
         after = before
         log.metrics(0, numbers)
         save(0)
@@ -228,21 +280,15 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
             learner.load_state_dict(state[name])
         for name, source in generators.items():
             source.set_state(state[f"{name}_generator"])
-        order["queue"], first, before, after = state["queue"], state["step"], state["before"], state["after"]
+        order["queue"], first, sampled = state["queue"], state["step"], state["sampled"]
+        before, after = state["before"], state["after"]
 
-    bar = tqdm(range(first + 1, settings.steps + 1), initial=first, total=settings.steps, desc="VAPO", unit="rollout")
+    bar = tqdm(range(first + 1, settings.steps + 1), initial=first, total=settings.steps, desc=settings.preset, unit="rollout")
     for step in bar:
         clock = [time.time()]
-        # Piece 7, group sampling: few prompts with many samples each, or as many answers to as many prompts.
-        prompts, samples = (settings.prompts, settings.samples) if settings.group_sampling else (settings.prompts * settings.samples, 1)
-        asked = rollout.next_problems(problems, prompts, order)
-        rows = rollout.sample(
-            policy, tokenizer, asked, samples, settings.response_length, settings.temperature, generators["sample"],
-            settings.sample_rows, progress="sampling",
-        )  # fmt: skip
+        rows, drawn = rollout.refill(answers, prompts, samples, settings.generations if settings.dynamic_sampling else None)
         clock.append(time.time())
-        # The verifier's verdict is the reward of the last token; pieces 2 and 3 make advantages and targets of it.
-        rollout.judge(rows, tokenizer, asked, settings.reward_correct, settings.reward_wrong)
+        # Pieces 2 and 3 make advantages and targets of the outcome on the last token.
         old_logprobs_and_values(policy, critic, rows, settings, kernels)
         compute_advantages(rows, settings)
         clock.append(time.time())
@@ -253,7 +299,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
         for index in torch.randperm(len(rows["length_B"]), generator=generators["mini_batch"]).tensor_split(count):
             batch = add_weights(rollout.take(rows, index.to(device)), settings)
             metrics = backward(policy, critic, batch, settings, kernels)
-            for name in ("critic", "policy"):
+            for name in ("critic", "policy") if critic else ("policy",):
                 parameters = learners[name].parameters()
                 metrics[f"{name}_grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
                 learners[f"{name}_optimizer"].step()
@@ -262,14 +308,18 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
             updates.append(metrics)
         clock.append(time.time())
 
-        numbers = rollout.rollout_metrics(rows) | {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+        sampled += drawn["answers"]
+        numbers = rollout.rollout_metrics(rows) | drawn | {"answers": sampled}
+        if critic and settings.world:  # the truth is known there
+            numbers |= truth.score_critic(settings.world, problems, tokenizer, rows, rows["old_value_BT"])
+        numbers |= {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
         numbers["ratio_max"] = max(u["ratio_max"] for u in updates)
         seconds = [end - start for start, end in zip(clock, clock[1:])]
         numbers |= dict(zip(("seconds_sample", "seconds_score", "seconds_update"), seconds))
         tokens = int(rows["length_B"].sum())
         numbers["sample_tokens_per_second"], numbers["train_tokens_per_second"] = tokens / seconds[0], tokens / seconds[2]
         numbers["gradient_steps"] = step * len(updates)
-        bar.set_postfix(accuracy=f"{numbers['accuracy']:.2f}", length=f"{numbers['length']:.0f}", ev=f"{numbers['explained_variance']:.2f}")
+        bar.set_postfix(accuracy=f"{numbers['accuracy']:.2f}", length=f"{numbers['length']:.0f}")
 
         last = step == settings.steps
         if last or (settings.eval_every and step % settings.eval_every == 0):
@@ -281,15 +331,26 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
     return before, after
 
 
-def pretrained_critic(settings, run_dir):
-    """The directory of a critic pretrained by `train_value.py` for this run: piece 1."""
-    critic_dir = Path(run_dir) / "value" / "critic"
-    if not critic_dir.exists():  # a run that was stopped after it need not repeat it
-        shared = {f.name: getattr(settings, f.name) for f in fields(RunSettings)}
-        own = {n.removeprefix("pretrain_"): v for n, v in asdict(settings).items() if n.startswith("pretrain_")}
-        value_settings = train_value.Settings(**shared, **own, out=str(critic_dir.parent))
-        train_value.main(to_argv(value_settings))
-    return critic_dir
+def starting_critic(settings, run_dir):
+    """The directory that the run's critic starts from; fits it first where the settings say so. Piece 1."""
+
+    def fitted(name, **own):
+        out = Path(run_dir) / name
+        if not (out / "critic").exists():  # a run that was stopped after it need not repeat it
+            shared = {f.name: getattr(settings, f.name) for f in fields(RunSettings)}
+            own |= {n.removeprefix("pretrain_"): v for n, v in asdict(settings).items() if n.startswith("pretrain_")}
+            train_value.main(to_argv(train_value.Settings(**shared, **own, out=str(out))))
+        return str(out / "critic")
+
+    if settings.critic:
+        return settings.critic
+    reward_model, answers = settings.reward_model, ""
+    if reward_model == "fit":
+        reward_model = fitted("reward_model", objective="reward")
+        answers = str(Path(run_dir) / "reward_model" / "answers.pt")
+    if settings.value_pretraining:
+        return fitted("value", init=reward_model, reuse_answers=answers)
+    return reward_model or settings.model
 
 
 def resolve(argv):
@@ -303,13 +364,13 @@ def resolve(argv):
         saved = asdict(parse_settings(Settings, saved_argv, __doc__))
         settings = parse_settings(Settings, saved_argv + argv, __doc__)
         changed = [name for name, value in asdict(settings).items() if value != saved[name]]
-        changed = [name for name in changed if name not in ("resume", "steps", "eval_every", "save_every")]
+        changed = [name for name in changed if name not in ("resume", "steps", "eval_every", "save_every", "generations")]
         require(not changed, f"--resume goes on with the run's own settings: --{' and --'.join(changed)} cannot change")
         return settings, run_dir, checkpoint.load(run_dir)
-    if not settings.model:
-        world = toy.build(toy.World())
-        settings = parse_settings(Settings, [f"@{world}/train_vapo.args", *argv], __doc__)
-    run_dir = Path(settings.out or time.strftime("runs/vapo-%Y%m%d-%H%M%S"))
+    world = [] if settings.model else [f"@{toy.build(toy.World())}/train_vapo.args"]
+    preset = [f"--{name}={value}" for name, value in PRESETS[settings.preset].items()]
+    settings = parse_settings(Settings, world + preset + argv, __doc__)
+    run_dir = Path(settings.out or time.strftime(f"runs/{settings.preset}-%Y%m%d-%H%M%S"))
     require(not (run_dir / "config.json").exists(), f"{run_dir} holds a run: --resume {run_dir} goes on with it, or give another --out")
     return settings, run_dir, None
 
@@ -329,20 +390,20 @@ def main(argv=None):
         loaded = problem_files.load_problems(path)
         data.append(problem_files.encode_prompts(loaded, tokenizer, settings.prompt_template, settings.prompt_length))
     policy = model.load_policy(settings.model, device)
-    pretrain = settings.value_pretraining and not settings.critic
-    critic = None if pretrain else model.load_critic(settings.critic or settings.model, device)
-    print("VAPO:", ", ".join(f"{name} {value}" for name, value in describe(device).items()))
+    for path in (settings.critic, settings.reward_model):  # before any long work
+        require(path in ("", "fit") or Path(path).is_dir(), f"no model directory at {path}")
+    print(f"{settings.preset}:", ", ".join(f"{name} {value}" for name, value in describe(device).items()))
     if settings.mini_batch >= settings.prompts * settings.samples:
         print("warning: --mini_batch takes the whole rollout: with one update the ratio is always 1, and clipping does nothing")
     if not (run_dir / "config.json").exists():
         write_json(run_dir / "config.json", {"settings": to_argv(settings), "on": describe(device)})
-    if pretrain:  # piece 1
-        critic = model.load_critic(pretrained_critic(settings, run_dir), device)
+    critic = None if settings.critic_free else model.load_critic(starting_critic(settings, run_dir), device)
     log = Log(run_dir, after=state["step"] if state else -1)
     before, after = train(settings, run_dir, policy, critic, tokenizer, *data, log, state)
     log.close()
     checkpoint.export(policy, tokenizer, run_dir / "policy")
-    checkpoint.export(critic, tokenizer, run_dir / "critic")
+    if critic:
+        checkpoint.export(critic, tokenizer, run_dir / "critic")
 
     names = {
         "accuracy": f"accuracy, avg@{settings.eval_samples} at T = {settings.temperature:g}", "greedy_accuracy": "greedy accuracy",

@@ -69,7 +69,7 @@ def test_a_reward_model_is_worse_than_a_critic_before_the_end(world, run, tmp_pa
     reward = value_run(world, tmp_path, "--objective=reward", f"--reuse_answers={out}/answers.pt")
     critic = model.load_critic(reward["critic"], torch.device("cpu"))
     rows = rollout.take(torch.load(out / "answers.pt", weights_only=True)["rows"], torch.arange(1024))
-    as_critic = train_value.measure(critic, rows, "value", 64)
+    as_critic, _ = train_value.measure(critic, rows, "value", 64)
     assert as_critic["explained_variance"] < metrics["explained_variance"]
     assert reward["explained_variance"] > as_critic["explained_variance"]
 
@@ -126,7 +126,7 @@ def test_it_stops_when_the_held_out_loss_rises_and_keeps_the_best_pass(world, ru
     # the saved critic is that of the best pass: here the first one, a constant, before the learning rate ruined it
     critic = model.load_critic(metrics["critic"], torch.device("cpu"))
     rows = torch.load(out / "answers.pt", weights_only=True)["rows"]
-    saved = train_value.measure(critic, rows, "value", 64)
+    saved, _ = train_value.measure(critic, rows, "value", 64)
     assert metrics["step"] == 0 and saved["value_last"] == pytest.approx(metrics["value_first"])
 
 

@@ -1,0 +1,77 @@
+"""dapo.py and its part in the run: group-relative advantage, dynamic sampling, soft overlong punishment."""
+
+import pytest
+import torch
+
+import dapo
+import rollout
+from run import BadInput
+
+
+def test_group_advantage_by_hand():
+    # Group 1: mean ½, std ½. Group 2: mean ¼, std √(3/16) = √3/4: (1 − ¼)/(√3/4) = √3, (0 − ¼)/(√3/4) = −1/√3.
+    reward_B = torch.tensor([1.0, 0, 0, 1, 0, 0, 1, 0])
+    expected = [1, -1, -1, 1, -(3**-0.5), -(3**-0.5), 3**0.5, -(3**-0.5)]
+    assert dapo.group_advantage(reward_B, 4).tolist() == pytest.approx(expected)
+    assert dapo.group_advantage(7 - 3 * reward_B, 4).tolist() == pytest.approx([-a for a in expected])  # scale and shift do not matter
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, -1e6])
+def test_a_group_all_right_or_all_wrong_teaches_nothing(reward):
+    assert dapo.group_advantage(torch.full((16,), reward), 16).tolist() == [0] * 16
+
+
+def test_rows_that_are_no_whole_groups_are_refused():
+    with pytest.raises(AssertionError, match="no groups of 4"):
+        dapo.group_advantage(torch.zeros(6), 4)
+
+
+def test_mixed_groups_go_by_the_verdict():
+    correct_B = torch.tensor([1, 1, 0, 0, 0, 1]).bool()
+    assert dapo.mixed_groups(correct_B, 2).tolist() == [False, False, False, False, True, True]
+    assert dapo.mixed_groups(correct_B, 3).tolist() == [True] * 6
+
+
+def test_overlong_punishment_at_its_corners():
+    length_B = torch.tensor([1, 79, 80, 81, 90, 100, 101, 500])  # L_max = 100, L_cache = 20
+    assert dapo.overlong_punishment(length_B, 100, 20).tolist() == pytest.approx([0, 0, 0, -0.05, -0.5, -1, -1, -1])
+    assert dapo.overlong_punishment(torch.tensor([0, 50, 100]), 100, 100).tolist() == pytest.approx([0, -0.5, -1])
+
+
+def batches(*groups):
+    """A source of answers: each call gives the next batch, whose groups are texts of verdicts ("10" is right, wrong)."""
+    source = iter(groups)
+
+    def answers():
+        verdicts = "".join(next(source))
+        correct_B = torch.tensor([verdict == "1" for verdict in verdicts])
+        length_B = torch.arange(1, len(verdicts) + 1)
+        return {
+            "correct_B": correct_B, "length_B": length_B, "prompt_length_B": torch.ones_like(length_B),
+            "token_BL": torch.ones(len(verdicts), len(verdicts) + 1).long(),
+        }  # fmt: skip
+
+    return answers
+
+
+def test_refill_draws_until_the_batch_is_full_of_mixed_groups_and_counts_all_it_drew():
+    answers = batches(["11", "10", "00"], ["00", "00", "11"], ["01", "11", "10"], ["10", "10", "10"])
+    rows, drawn = rollout.refill(answers, prompts=3, samples=2, generations=10)
+    assert rows["correct_B"].int().tolist() == [1, 0, 0, 1, 1, 0]  # from the first and the third batch
+    assert rows["length_B"].tolist() == [3, 4, 1, 2, 5, 6]
+    assert drawn == {"accuracy": pytest.approx((3 + 2 + 4) / 18), "generations": 3, "answers": 18}
+
+
+def test_refill_takes_no_more_groups_than_it_needs():
+    rows, drawn = rollout.refill(batches(["10", "11"], ["10", "01"]), prompts=2, samples=2, generations=2)
+    assert rows["correct_B"].int().tolist() == [1, 0, 1, 0] and drawn["generations"] == 2
+
+
+def test_refill_stops_at_its_limit_with_a_clear_message():
+    with pytest.raises(BadInput, match=r"found 1 of 2 groups .* in 3 batches .* raise --generations"):
+        rollout.refill(batches(["11", "10"], ["11", "11"], ["00", "00"], ["10", "10"]), prompts=2, samples=2, generations=3)
+
+
+def test_without_dynamic_sampling_the_first_batch_is_the_rollout():
+    rows, drawn = rollout.refill(batches(["11", "00"]), prompts=2, samples=2)
+    assert rows["correct_B"].int().tolist() == [1, 1, 0, 0] and drawn == {"accuracy": 0.5, "generations": 1, "answers": 4}
