@@ -1,0 +1,156 @@
+"""ablate.py: rows that change one thing, runs that are not repeated, and a table whose numbers can be followed by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import ablate
+import train_vapo
+from run import BadInput
+
+SMALL = {
+    "device": "cpu", "steps": 1, "prompts": 6, "samples": 4, "mini_batch": 6, "eval_samples": 1, "save_every": 0, "response_length": 24,
+    "warmup": 0, "lr": 1e-3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(world, tmp_path_factory):
+    """A directory as `prepare` leaves it, around the tests' small world."""
+    runs = tmp_path_factory.mktemp("ablate")
+    (runs / "world").symlink_to(world)
+    flags = [f"@{world}/train_value.args", "--answers=256", "--passes=1", "--response_length=24"]
+    ablate.call("train_value.py", [*flags, "--objective=reward", f"--out={runs}/reward_model"], runs / "reward_model.log")
+    reward = f"{runs}/reward_model"
+    flags += [f"--init={reward}/critic", f"--reuse_answers={reward}/answers.pt", f"--out={runs}/value"]
+    ablate.call("train_value.py", flags, runs / "value.log")
+    return runs
+
+
+def settings_of(row, runs):
+    preset = ablate.ROWS[row][1].get("preset", "vapo")
+    overrides = [f"--{name}={value}" for name, value in train_vapo.PRESETS[preset].items()]
+    return train_vapo.parse_settings(train_vapo.Settings, overrides + ablate.run_flags(row, 0, runs), "")
+
+
+def outcome(row, runs, out):
+    """Policy and critic after one rollout of a row: all weights in one vector; of the policy alone where there is no critic."""
+    small = [f"--{name}={value}" for name, value in SMALL.items()]
+    train_vapo.main([*ablate.run_flags(row, 0, runs), *small, f"--out={out / row}"])
+    state = torch.load(out / row / "checkpoint" / "state.pt", weights_only=True)
+    weights = [weight.flatten() for name in ("policy", "critic") for weight in state.get(name, {}).values()]
+    return torch.cat(weights)
+
+
+def test_every_row_of_the_paper_changes_the_outcome_of_one_step_and_nothing_else(runs, tmp_path):
+    vapo, expected = settings_of("vapo", runs), {}
+    for row in ablate.GROUPS["paper"][1:]:
+        changed = {name for name, value in vars(settings_of(row, runs)).items() if value != getattr(vapo, name)}
+        expected = set(ablate.ROWS[row][1])
+        if "preset" in expected:  # a preset brings its own; a row without a pretrained critic says what else it starts from
+            expected |= set(train_vapo.PRESETS[row])
+        if settings_of(row, runs).critic == "":
+            expected |= {"critic"} | ({"reward_model"} if settings_of(row, runs).reward_model else set())
+        assert changed - {"out", "lr"} == expected - {"lr"}, row
+    vapo = outcome("vapo", runs, tmp_path)
+    assert torch.equal(vapo, outcome("vapo", runs, tmp_path / "again"))
+    for row in ablate.GROUPS["paper"][1:]:
+        weights = outcome(row, runs, tmp_path)
+        assert (weights - vapo[: len(weights)]).abs().max() > 1e-6, row
+
+
+def test_a_row_in_several_seeds_says_so_in_its_flags(runs):
+    assert "--seed=3" in ablate.run_flags("dapo", 3, runs) and f"--out={runs}/dapo-3" in ablate.run_flags("dapo", 3, runs)
+
+
+def test_ablate_repeats_no_finished_run_and_resumes_a_stopped_one(tmp_path, monkeypatch):
+    called = []
+
+    def call(script, argv, log):
+        called.append((script, [str(flag) for flag in argv if not str(flag).startswith("@")][:1]))
+        directory = next((str(flag).split("=")[1] for flag in argv if str(flag).startswith(("--out=", "--resume="))), None)
+        if script != "bias.py":
+            write(tmp_path / directory, curve(0.5))
+
+    def write(directory, lines):
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").write_text('{"settings": []}')
+        (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    monkeypatch.setattr(ablate, "call", call)
+    monkeypatch.setattr(ablate, "prepare", lambda *_: None)
+    flags = [f"--runs={tmp_path}/runs", f"--out={tmp_path}/out", "--jobs=1", "--rows", "vapo", "dapo", "--seeds"]
+    write(tmp_path / "runs" / "dapo-1", curve(0.1))  # stopped on its way
+    ablate.main([*flags, "0"])
+    assert [argv for _, argv in called] == [["--steps=40"], ["--steps=40"]]
+    ablate.main([*flags, "0", "1"])
+    assert [argv for _, argv in called[2:]] == [["--steps=40"], [f"--resume={tmp_path}/runs/dapo-1"]]
+    ablate.main([*flags, "0", "1"])
+    assert len(called) == 4
+
+
+def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, monkeypatch):
+    def call(script, argv, log):
+        raise BadInput("train_vapo.py ended with exit code 2, see the log: no such thing")
+
+    monkeypatch.setattr(ablate, "call", call)
+    monkeypatch.setattr(ablate, "prepare", lambda *_: None)
+    with pytest.raises(SystemExit) as error:
+        ablate.main(["--rows", "vapo", "ppo", "--seeds", "0", f"--runs={tmp_path}/runs", f"--out={tmp_path}/out"])
+    assert error.value.code == 2
+
+
+def test_an_unknown_row_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        ablate.main(["--rows", "vapoo"])
+    assert "there is no vapoo" in capsys.readouterr().err
+
+
+def curve(*accuracies, answers=100):
+    """Lines of a run that is tested every 2 of its rollouts, with 4 gradient steps each."""
+    lines = [{"step": 0, "test_accuracy": 0.1}]
+    for i, accuracy in enumerate(accuracies):
+        numbers = {"accuracy": accuracy / 2, "seconds_sample": 30.0, "seconds_update": 60.0}
+        lines.append({"step": 2 * i + 1, "gradient_steps": 8 * i + 4, "answers": (2 * i + 1) * answers} | numbers)
+        numbers |= {"test_accuracy": accuracy, "test_length": 9.0, "entropy": 1.0, "reward": 0.5}
+        lines.append({"step": 2 * i + 2, "gradient_steps": 8 * i + 8, "answers": (2 * i + 2) * answers} | numbers)
+    return lines
+
+
+def test_the_table_is_computed_from_the_files_as_by_hand(tmp_path):
+    finished = {
+        "vapo-0": curve(0.4, 0.7, 0.8, 0.9), "vapo-1": curve(0.4, 0.6, 0.7, 0.7),
+        "dapo-0": curve(0.3, 0.4, 0.5, 0.7, answers=150), "dapo-1": curve(0.3, 0.4, 0.5, 0.6, answers=150),
+        "no_clip_higher-0": curve(0.1, 0.2, 0.6, 0.5), "no_clip_higher-1": curve(0.1, 0.2, 0.2, 0.4),
+    }  # fmt: skip
+    (tmp_path / "raw").mkdir()
+    for name, lines in finished.items():
+        (tmp_path / "raw" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{"config": {}}, *lines]))
+    runs = ablate.read_raw(tmp_path)
+    summary = ablate.summarise(runs)
+    # Finals 0.9 and 0.7: mean 0.8, s = √0.02, half = 12.706 · √0.02 / √2 = 1.2706
+    assert summary["vapo"]["accuracy"] == pytest.approx(0.8) and summary["vapo"]["half"] == pytest.approx(1.2706)
+    # 0.5 − 0.9 and 0.4 − 0.7: mean −0.35, s = √0.005, half = 12.706 · 0.05 = 0.6353
+    row = summary["no_clip_higher"]
+    assert row["difference"] == pytest.approx(-0.35) and row["difference_half"] == pytest.approx(0.6353)
+    assert row["fall"] == pytest.approx(0.1)  # seed 0 ends at 0.5 after 0.6, both in its last quarter
+    # DAPO's best mean is 0.65, after 8 rollouts = 32 gradient steps; VAPO's mean is 0.65 after 4 = 16; the third never.
+    assert [summary[row]["steps_to_dapo"] for row in ("dapo", "vapo", "no_clip_higher")] == [32, 16, None]
+    assert summary["dapo"]["answers"] == 1200 and summary["vapo"]["minutes"] == pytest.approx(8 * 1.5)
+    lines = ablate.targets(runs, summary)
+    assert "below VAPO: 1 of 1; the interval excludes 0: 0" in lines[0] and "over 3 rows: 1.00" in lines[1]
+    assert "after 16 gradient steps, 50% of DAPO's 32" in lines[2] and lines[3].endswith("0.000")
+    ablate.report(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "| w/o clip-higher | 46 | 0.450 ± 0.635 | -0.350 ± 0.635 | – | 800 | 12.0 | 2 |" in text
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("methods.png", "ablation.png", "dynamics.png"))
+
+
+def test_intervals_and_rank_correlation_by_hand():
+    mean, half = ablate.mean_interval([1.0, 2.0, 3.0])  # s = 1, t = 4.303, √3
+    assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))
+    assert ablate.mean_interval([5.0])[0] == 5 and math.isnan(ablate.mean_interval([5.0])[1])
+    assert ablate.ranks([3, 1, 3, 2]) == [3.5, 1, 3.5, 2]
+    assert ablate.rank_correlation([1, 2, 3, 4], [10, 20, 40, 30]) == pytest.approx(1 - 6 * 2 / (4 * 15))
