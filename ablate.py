@@ -32,8 +32,8 @@ WORLD = {
     "min_steps": 10, "max_steps": 120, "slip": 0.08, "layers": 4, "updates": 2000, "update_rows": 32, "test_problems": 128,
 }  # fmt: skip
 RUN = {
-    "steps": 40, "prompts": 16, "samples": 16, "mini_batch": 32, "alpha": 0.5, "critic_lr": 5e-4, "micro_batch": 32,
-    "eval_every": 2, "eval_samples": 4, "save_every": 10,
+    "steps": 24, "prompts": 16, "samples": 16, "mini_batch": 32, "alpha": 0.5, "critic_lr": 5e-4, "micro_batch": 32,
+    "eval_every": 3, "eval_samples": 4, "save_every": 6,
 }  # fmt: skip
 VALUE = {"answers": 8192, "lr": 5e-4, "batch": 32, "short_passes": 10, "passes": 8, "patience": 3}
 QUICK_WORLD = {"min_steps": 2, "max_steps": 8, "layers": 2, "updates": 60, "test_problems": 8}

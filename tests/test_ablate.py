@@ -84,9 +84,9 @@ def test_ablate_repeats_no_finished_run_and_resumes_a_stopped_one(tmp_path, monk
     flags = [f"--runs={tmp_path}/runs", f"--out={tmp_path}/out", "--jobs=1", "--rows", "vapo", "dapo", "--seeds"]
     write(tmp_path / "runs" / "dapo-1", curve(0.1))  # stopped on its way
     ablate.main([*flags, "0"])
-    assert [argv for _, argv in called] == [["--steps=40"], ["--steps=40"]]
+    assert [argv for _, argv in called] == [["--steps=24"], ["--steps=24"]]
     ablate.main([*flags, "0", "1"])
-    assert [argv for _, argv in called[2:]] == [["--steps=40"], [f"--resume={tmp_path}/runs/dapo-1"]]
+    assert [argv for _, argv in called[2:]] == [["--steps=24"], [f"--resume={tmp_path}/runs/dapo-1"]]
     ablate.main([*flags, "0", "1"])
     assert len(called) == 4
 
