@@ -294,6 +294,49 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(world, run, tmp_
     assert all(torch.equal(states[0][f"{g}_generator"], states[1][f"{g}_generator"]) for g in ("order", "sample", "mini_batch"))
 
 
+def test_the_rivals_run_from_start_to_saved_policy_each_in_its_own_way(world, tmp_path):
+    for preset in train_vapo.PRESETS:
+        vapo_run(world, tmp_path / preset, f"--preset={preset}", "--steps=1", "--overlong=0.5")
+        saved = {path.name for path in (tmp_path / preset).iterdir() if path.is_dir()} - {"tb", "checkpoint"}
+        assert saved == {
+            "vapo": {"value", "policy", "critic"}, "vc_ppo": {"value", "policy", "critic"}, "ppo": {"reward_model", "policy", "critic"},
+            "grpo": {"policy"}, "dapo": {"policy"},
+        }[preset]  # fmt: skip
+        line = metrics_of(tmp_path / preset)[1]
+        assert ("value_loss" in line) == ("explained_variance" in line) == ("lambda" in line) == (preset not in ("grpo", "dapo"))
+        assert (line["answers"] == 24 * line["generations"]) and (line["generations"] == 1 or preset == "dapo")
+    grpo, dapo = (metrics_of(tmp_path / preset)[1] for preset in ("grpo", "dapo"))
+    assert grpo["reward"] < grpo["accuracy"]  # punished for length, beside the verdict
+    assert dapo["generations"] > 1 and dapo["advantage"] != 0
+
+
+def test_dynamic_sampling_fills_the_rollout_with_mixed_groups(world, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        train_vapo, "add_weights", lambda batch, settings, add=train_vapo.add_weights: seen.append(batch) or add(batch, settings)
+    )
+    vapo_run(world, tmp_path, "--preset=dapo", "--steps=1", "--mini_batch=24")
+    (batch,) = seen
+    assert len(batch["correct_B"]) == 24
+    by_problem = {}
+    for problem, correct in zip(batch["problem_B"].tolist(), batch["correct_B"].tolist()):
+        by_problem.setdefault(problem, []).append(correct)
+    assert all(0 < sum(verdicts) < len(verdicts) for verdicts in by_problem.values())
+
+
+def test_a_resumed_dapo_run_equals_the_uninterrupted_one(world, tmp_path):
+    vapo_run(world, tmp_path / "whole", "--preset=dapo", "--steps=2", "--eval_every=1")
+    vapo_run(world, tmp_path / "part", "--preset=dapo", "--steps=1", "--eval_every=1")
+    train_vapo.main([f"--resume={tmp_path}/part", "--steps=2"])
+    assert without_clock(metrics_of(tmp_path / "part")) == without_clock(metrics_of(tmp_path / "whole"))
+
+
+def test_a_flag_beside_a_preset_counts_more(world, tmp_path):
+    vapo_run(world, tmp_path, "--preset=grpo", "--steps=1", "--clip_higher=True")
+    settings = json.loads((tmp_path / "config.json").read_text())["settings"]
+    assert "--clip_higher=True" in settings and "--token_level_loss=False" in settings and "--preset=grpo" in settings
+
+
 def test_resuming_with_other_settings_or_a_damaged_checkpoint_is_refused(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train_vapo.main([f"--resume={run}", "--alpha=0.1"])
