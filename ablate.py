@@ -249,24 +249,48 @@ def table(summary, rows):
     return "\n".join(lines)
 
 
-def targets(runs, summary):
-    """What a reader of the paper would ask of the table, each with what came out; a list of lines."""
+def findings(runs, summary, value):
+    """What a reader of the paper would ask of the table, each with what came out; a list of lines. `value`: the lines of
+    value pretraining."""
     lines = []
     pieces = [row for row in summary if row.startswith("no_") and "difference" in summary[row]]
     below = [row for row in pieces if summary[row]["difference"] < 0]
     surely = [row for row in below if summary[row]["difference"] + summary[row]["difference_half"] < 0]
-    lines.append(f"without one piece, below VAPO: {len(below)} of {len(pieces)}; the interval excludes 0: {len(surely)}")
+    if pieces:
+        lines.append(f"Without one piece, below VAPO: {len(below)} of {len(pieces)} rows; the 95% interval excludes 0: {len(surely)}.")
     shared = [row for row in PAPER if row in summary]
-    rho = rank_correlation([PAPER[row] for row in shared], [summary[row]["accuracy"] for row in shared])
-    lines.append(f"rank correlation with the paper's table over {len(shared)} rows: {rho:.2f}")
+    if len(shared) > 2:
+        rho = rank_correlation([PAPER[row] for row in shared], [summary[row]["accuracy"] for row in shared])
+        lines.append(f"Rank correlation with the paper's table over {len(shared)} rows: {rho:.2f}.")
     if "vapo" in summary and "dapo" in summary:
-        to_best = max(mean_curve(runs["dapo"]), key=lambda point: point[1])
+        best = max(y for _, y in mean_curve(runs["dapo"]))
         ours, last = summary["vapo"]["steps_to_dapo"], summary["dapo"]["steps_to_dapo"]
-        share = f"{ours} gradient steps, {ours / last:.0%} of DAPO's {last}" if ours else "never"
-        lines.append(f"DAPO's best score ({to_best[1]:.3f}, mean over seeds) is reached by VAPO after {share}")
+        reached = f"VAPO reaches it after {ours}: {ours / last:.0%}" if ours else "VAPO never reaches it"
+        lines.append(f"DAPO's best score, {best:.3f} (mean over seeds), comes after {last} gradient steps; {reached} (the paper: 60%).")
     if "vapo" in summary:
-        lines.append(f"VAPO's largest fall below its best in the last quarter, in any seed: {summary['vapo']['fall']:.3f}")
+        lines.append(f"VAPO's largest fall below its best so far, in the last quarter of any seed: {summary['vapo']['fall']:.3f}.")
+        through = [curve(lines_, "slip_auc") for lines_ in runs["vapo"].values()]
+        if all(through):
+            tails = [y for points in through for y in last_quarter(points)]
+            lines.append(f"First-slip AUC of VAPO's critic in the last quarter of RL: {sum(tails) / len(tails):.2f}.")
+    kept = [line for line in value if line.get("best_explained_variance")]
+    if kept:
+        line = min(kept, key=lambda line: line["value_loss"])
+        share = line["explained_variance"] / line["best_explained_variance"]
+        lines.append(
+            f"The pretrained critic, on held-out problems: explained variance {line['explained_variance']:.3f}, {share:.0%} of the best "
+            f"possible; first-slip AUC {line['slip_auc']:.2f}, and {kept[0]['slip_auc']:.2f} of the reward model that it started from."
+        )
     return lines
+
+
+def provenance(out):
+    """One line: how many runs, on which revisions, versions and machines."""
+    configs = [json.loads(path.read_text().partition("\n")[0])["config"]["on"] for path in sorted((out / "raw").glob("*-*.jsonl"))]
+    told = [
+        f"{name} {', '.join(sorted({str(on.get(name, '?')) for on in configs}))}" for name in ("revision", "torch", "device", "threads")
+    ]
+    return f"{len(configs)} runs; {'; '.join(told)}."
 
 
 def report(out):
@@ -276,12 +300,8 @@ def report(out):
     if not runs:
         return
     summary = summarise(runs)
-    text = [
-        "# Results",
-        "",
-        "Written by `python ablate.py` from the files in raw/: final held-out accuracy, mean over seeds ± 95% interval.",
-        "",
-    ]
+    text = ["# Results", "", "Written by `python ablate.py` from the files in raw/.", "", provenance(out), ""]
+    text += ["Accuracy: held-out problems, T = 1, after the last rollout; mean over seeds ± 95% interval (Student's t).", ""]
     for group, title in (("paper", ""), ("alpha", "α of length-adaptive GAE"), ("tuning", "Learning rates")):
         rows = [row for row in GROUPS[group] if row in summary and (group == "paper" or row != "vapo" or "alpha_0.1" in summary)]
         if not rows or (group == "alpha" and len(rows) < 2):
@@ -294,7 +314,7 @@ def report(out):
         else:
             text += [table(summary, rows), ""]
         if group == "paper":
-            text += [f"- {line}" for line in targets(runs, summary)] + [""]
+            text += [f"- {line}" for line in findings(runs, summary, plot.lines_of(out / "raw" / "value.jsonl"))] + [""]
     for name, sentence in plot.ablation_figures(runs, summary, ROWS, PAPER, RUN["alpha"], out):
         text += [f"![{name}]({name})", "", sentence, ""]
     (out / "README.md").write_text("\n".join(text))

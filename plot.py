@@ -215,6 +215,11 @@ def draw_alpha(summary, alpha, path):
     save(figure, path)
 
 
+def lines_of(path):
+    """The numbers of a file that ablate.py kept, without its first line, the settings; none if there is no file."""
+    return [line for line in map(json.loads, path.read_text().splitlines()) if "config" not in line] if path.exists() else []
+
+
 def ablation_figures(runs, summary, titles, paper, alpha, out):
     """Draws what there is data for into OUT; returns [(file name, what to see in it)]. `runs` and `summary`: ablate.py's."""
     drawn = []
@@ -222,9 +227,6 @@ def ablation_figures(runs, summary, titles, paper, alpha, out):
     def figure(name, sentence, draw, *arguments):
         draw(*arguments, out / name)
         drawn.append((name, sentence))
-
-    def lines(path):
-        return [line for line in map(json.loads, path.read_text().splitlines()) if "config" not in line] if path.exists() else []
 
     if "vapo" in runs:
         figure(
@@ -238,20 +240,20 @@ def ablation_figures(runs, summary, titles, paper, alpha, out):
         figure("critics.png", "The critic through RL, beside what any critic could know.", draw_critics, runs, titles)
     if len(set(paper) & set(summary)) > 1:
         figure("ablation.png", "Each bar left is the paper's, right ours; sorted by the paper's.", draw_bars, summary, titles, paper)
-    if positions := lines(out / "positions.jsonl"):
+    if positions := lines_of(out / "positions.jsonl"):
         figure(
             "bias.png",
             "A reward model as critic is off the dashed line before the end, so its advantages are not 0 on average.",
             draw_bias,
             positions,
         )
-    value = lines(out / "raw" / "value.jsonl")
+    value = lines_of(out / "raw" / "value.jsonl")
     if value:
         figure(
             "pretraining.png",
             "What value pretraining reaches on held-out problems.",
             draw_pretraining,
-            lines(out / "raw" / "reward_model.jsonl"),
+            lines_of(out / "raw" / "reward_model.jsonl"),
             value,
         )
     figure(

@@ -76,7 +76,7 @@ def test_ablate_repeats_no_finished_run_and_resumes_a_stopped_one(tmp_path, monk
 
     def write(directory, lines):
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text('{"settings": []}')
+        (directory / "config.json").write_text('{"settings": [], "on": {}}')
         (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     monkeypatch.setattr(ablate, "call", call)
@@ -127,7 +127,9 @@ def test_the_table_is_computed_from_the_files_as_by_hand(tmp_path):
     }  # fmt: skip
     (tmp_path / "raw").mkdir()
     for name, lines in finished.items():
-        (tmp_path / "raw" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{"config": {}}, *lines]))
+        (tmp_path / "raw" / f"{name}.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in [{"config": {"on": {"revision": "abc"}}}, *lines])
+        )
     runs = ablate.read_raw(tmp_path)
     summary = ablate.summarise(runs)
     # Finals 0.9 and 0.7: mean 0.8, s = √0.02, half = 12.706 · √0.02 / √2 = 1.2706
@@ -139,9 +141,10 @@ def test_the_table_is_computed_from_the_files_as_by_hand(tmp_path):
     # DAPO's best mean is 0.65, after 8 rollouts = 32 gradient steps; VAPO's mean is 0.65 after 4 = 16; the third never.
     assert [summary[row]["steps_to_dapo"] for row in ("dapo", "vapo", "no_clip_higher")] == [32, 16, None]
     assert summary["dapo"]["answers"] == 1200 and summary["vapo"]["minutes"] == pytest.approx(8 * 1.5)
-    lines = ablate.targets(runs, summary)
-    assert "below VAPO: 1 of 1; the interval excludes 0: 0" in lines[0] and "over 3 rows: 1.00" in lines[1]
-    assert "after 16 gradient steps, 50% of DAPO's 32" in lines[2] and lines[3].endswith("0.000")
+    lines = ablate.findings(runs, summary, [])
+    assert "below VAPO: 1 of 1 rows; the 95% interval excludes 0: 0" in lines[0] and "over 3 rows: 1.00" in lines[1]
+    assert "0.650 (mean over seeds), comes after 32 gradient steps; VAPO reaches it after 16: 50%" in lines[2]
+    assert lines[3].endswith("0.000.")
     ablate.report(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "| w/o clip-higher | 46 | 0.450 ± 0.635 | -0.350 ± 0.635 | – | 800 | 12.0 | 2 |" in text
