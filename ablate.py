@@ -35,7 +35,7 @@ RUN = {
     "steps": 24, "prompts": 16, "samples": 16, "mini_batch": 32, "alpha": 0.5, "critic_lr": 5e-4, "micro_batch": 32,
     "eval_every": 3, "eval_samples": 4, "save_every": 6,
 }  # fmt: skip
-VALUE = {"answers": 8192, "lr": 5e-4, "batch": 32, "short_passes": 10, "passes": 8, "patience": 3}
+VALUE = {"answers": 8192, "lr": 1e-3, "decay": True, "batch": 32, "short_passes": 12, "passes": 6, "patience": 6}
 QUICK_WORLD = {"min_steps": 2, "max_steps": 8, "layers": 2, "updates": 60, "test_problems": 8}
 QUICK_RUN = {"steps": 3, "prompts": 4, "samples": 8, "mini_batch": 8, "eval_every": 1, "eval_samples": 2, "generations": 100}
 QUICK_VALUE = {"answers": 128, "short_passes": 0, "passes": 1}

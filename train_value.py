@@ -62,6 +62,7 @@ class Settings(RunSettings):
     reuse_answers: str = flag("", "answers.pt of an earlier run on the same problems, instead of sampling")
     held_out: float = flag(0.1, "share of the problems whose answers are only measured on")
     lr: float = flag(2e-6, "AdamW learning rate, constant after a warm-up of 10 steps")
+    decay: bool = flag(False, "let the learning rate fall linearly to 0 over all the passes instead")
     batch: int = flag(64, "answers per optimiser step")
     passes: int = flag(10, "most passes over the answers")
     short_passes: int = flag(0, "passes over the shorter half of the answers before those; cheap, and a mistake is near its outcome there")
@@ -156,7 +157,6 @@ def fit(settings, critic, rows, held_out_rows, score, log):
     Returns: (metrics of the kept pass, its optimiser step); the critic has the weights of that pass.
     """
     optimizer = torch.optim.AdamW(critic.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / WARMUP, total_iters=WARMUP - 1)
     value_loss = compiler(settings, critic.device)(losses.value_loss)
     order = seeded_generator(settings.seed, "pretraining mini-batches")
     everything_N = torch.arange(len(rows["length_B"]), device=critic.device)
@@ -164,6 +164,11 @@ def fit(settings, critic, rows, held_out_rows, score, log):
     passes = [short_N] * settings.short_passes + [everything_N] * settings.passes
     limit = sum(-(-len(index_N) // settings.batch) for index_N in passes)
     limit = min(limit, settings.steps or limit)
+
+    def rate(step):
+        return min(1.0, (step + 1) / WARMUP) * (1 - step / limit if settings.decay else 1.0)
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     step, worse = 0, 0
 
     def measured(numbers):

@@ -153,3 +153,28 @@ def test_critic_from_a_reward_model_gives_the_reward_models_scores(world, run, t
     with pytest.raises(SystemExit) as stop:
         value_run(world, tmp_path / "out", f"--init={tmp_path}/two", f"--reuse_answers={run[0]}/answers.pt")
     assert stop.value.code == 2 and "2 labels" in capsys.readouterr().err
+
+
+def test_short_answers_come_first_and_the_learning_rate_falls_to_zero_if_asked(world, run, tmp_path, monkeypatch):
+    out, _ = run
+    rates, lengths, step, take = [], [], torch.optim.AdamW.step, rollout.take
+
+    def spy(optimizer, *rest):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *rest)
+
+    def spy_take(rows, index):
+        if len(index) == 64 and len(rows["length_B"]) > 512:  # a batch of the rows to fit
+            lengths.append(rows["length_B"][index].float().mean().item())
+        return take(rows, index)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    monkeypatch.setattr(rollout, "take", spy_take)
+    flags = ["--passes=1", "--short_passes=2", "--batch=64", "--decay", "--lr=0.001", "--micro_batch=64"]
+    value_run(world, tmp_path, *flags, f"--reuse_answers={out}/answers.pt")
+    short, whole = -(-(922 // 2) // 64), -(-922 // 64)
+    assert abs(len(rates) - (2 * short + whole)) <= 2  # nine problems of ten: 922 of 1024 answers, more or less
+    total = len(rates)
+    assert rates[:3] == pytest.approx([1e-4 * (s + 1) * (1 - s / total) for s in range(3)])
+    assert rates[-3:] == pytest.approx([1e-3 * left / total for left in (3, 2, 1)])
+    assert max(lengths[: 2 * (short - 1)]) < min(lengths[2 * (short - 1) :])
