@@ -119,7 +119,11 @@ def prepare(runs, out, quick):
         if not (runs / name / "critic").exists():
             print(f"fitting {name}: see {runs / name}.log", flush=True)
             call("train_value.py", [*flags, *own, f"--out={runs / name}"], f"{runs / name}.log")
-        keep(runs / name, out / "raw" / f"{name}.jsonl")
+        kept = out / "raw" / f"{name}.jsonl"
+        before = plot.lines_of(kept)
+        keep(runs / name, kept)
+        if before and before != plot.lines_of(kept):
+            print(f"warning: {name} came out otherwise than for the runs that are finished in {out}: another machine or version")
     if not (out / "positions.jsonl").exists():
         critics = [f"--before={runs}/reward_model/critic", f"--after={runs}/value/critic"]
         call("bias.py", [*critics, f"--answers={answers}", f"--out={out}/positions.jsonl"], f"{runs}/bias.log")
