@@ -4,7 +4,7 @@
 
 The figure of VC-PPO (arXiv 2503.01491 §3): a reward model was fitted at the end of answers, so as a critic it is wrong
 before the end, and advantages at λ = 0.95 inherit the error. The mean outcome of the answers that reach a position is
-what V should be there on average. Reads stored answers (train_value.py), writes one line a position.
+what V should be there on average. Reads the stored answers of train_value.py, uses the held-out ones, writes one line a position.
 """
 
 import json
@@ -16,6 +16,7 @@ import gae
 import model
 import rollout
 from run import exit_on_bad_input, flag, parse_settings, pick_device, require
+from train_value import split_by_problem
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class Settings:
     answers: str = flag("", "answers.pt of train_value.py, from the policy that both are to judge")
     out: str = flag("", "JSONL to write: position, answers there, mean outcome, V and advantage of both")
     lam: float = flag(0.95, "λ of the advantages")
-    fewest: int = flag(50, "positions that fewer answers reach are left out")
+    held_out: float = flag(0.1, "share of the problems that both critics were not fitted to")
+    seed: int = flag(0, "seed of that split, as it was given to train_value.py")
+    fewest: int = flag(30, "positions that fewer answers reach are left out")
     device: str = flag("auto", "auto (cuda if there is one), cpu, cuda or cuda:N")
 
 
@@ -46,6 +49,7 @@ def main(argv=None):
         require(bool(getattr(settings, name)), f"give --{name}")
     device = pick_device(settings.device)
     rows = {name: column.to(device) for name, column in checkpoint.read(settings.answers)["rows"].items()}
+    _, rows = split_by_problem(rows, settings.held_out, settings.seed)
     mask_BT = rollout.response_mask(rows)
     count_T = mask_BT.sum(dim=0)
     columns = {"answers": count_T, "outcome": (rows["reward_B"][:, None] * mask_BT).sum(dim=0) / count_T}
@@ -58,7 +62,9 @@ def main(argv=None):
         for t in range(len(count_T)) if count_T[t] >= settings.fewest
     ]  # fmt: skip
     Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(settings.out).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    beside = Path(settings.out + ".tmp")
+    beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    beside.replace(settings.out)
     return lines
 
 

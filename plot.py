@@ -104,7 +104,7 @@ def draw_methods(runs, titles, path):
     figure, axes = subplots(1, 1, figsize=(7.5, 4.5))
     for i, row in enumerate(("vapo", "dapo", "grpo", "vc_ppo", "ppo")):
         if row in runs:
-            band(axes, runs[row], "test_accuracy", titles[row][0], f"C{i}")
+            band(axes, runs[row], "test_accuracy", titles[row], f"C{i}")
     axes.set_ylim(0, 1)
     finish(axes, "held-out accuracy at T = 1 (mean and range over seeds)", "gradient steps")
     save(figure, path)
@@ -113,11 +113,16 @@ def draw_methods(runs, titles, path):
 def draw_dynamics(runs, titles, path):
     figure, axes = subplots(1, 3, figsize=(13, 3.8))
     for axis, (name, title) in zip(
-        axes, (("test_length", "held-out response length (tokens)"), ("entropy", "entropy (nats)"), ("reward", "reward"))
+        axes,
+        (
+            ("test_length", "held-out response length (tokens)"),
+            ("entropy", "entropy (nats)"),
+            ("accuracy", "accuracy of the training rollouts"),
+        ),
     ):
         for i, row in enumerate(("vapo", "dapo", "grpo", "vc_ppo", "ppo")):
             if row in runs:
-                band(axis, runs[row], name, titles[row][0], f"C{i}")
+                band(axis, runs[row], name, titles[row], f"C{i}")
         finish(axis, title, "gradient steps", legend=name == "test_length")
     save(figure, path)
 
@@ -134,7 +139,7 @@ def draw_bars(summary, titles, paper, path):
             "here: held-out accuracy (%)",
         ),
     ):
-        axis.barh([titles[row][0] for row in rows], numbers, xerr=errors, color=["C1" if row in ("ppo", "dapo") else "C0" for row in rows])
+        axis.barh([titles[row] for row in rows], numbers, xerr=errors, color=["C1" if row in ("ppo", "dapo") else "C0" for row in rows])
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3, axis="x")
     axes[1].set_yticklabels([])
@@ -169,7 +174,7 @@ def draw_reach(alpha, lengths, path):
     save(figure, path)
 
 
-def draw_pretraining(reward, value, path):
+def draw_pretraining(value, path):
     figure, axes = subplots(1, 3, figsize=(13, 3.6))
     for axis, name, title in zip(
         axes, ("value_loss", "explained_variance", "slip_auc"), ("held-out value loss", "explained variance", "first-slip AUC")
@@ -198,7 +203,7 @@ def draw_critics(runs, titles, path):
     for i, row in enumerate(("vapo", "no_value_pretraining", "ppo")):
         if row in runs:
             for axis, name in zip(axes, ("explained_variance", "best_explained_variance", "slip_auc")):
-                band(axis, runs[row], name, titles[row][0], f"C{i}")
+                band(axis, runs[row], name, titles[row], f"C{i}")
     for axis, title in zip(axes, ("explained variance of the critic", "of the best possible critic", "first-slip AUC")):
         axis.set_ylim(-0.2 if "AUC" not in title else 0.4, 1)
         finish(axis, title, "gradient steps", legend=title.endswith("AUC"))
@@ -236,14 +241,20 @@ def ablation_figures(runs, summary, titles, paper, alpha, out):
             runs,
             titles,
         )
-        figure("dynamics.png", "Length and reward should grow and entropy fall without collapse.", draw_dynamics, runs, titles)
+        figure(
+            "dynamics.png",
+            "Length and accuracy should grow and entropy fall without collapse. (Accuracy: all answers drawn; DAPO's entropy: those that it kept.)",
+            draw_dynamics,
+            runs,
+            titles,
+        )
         figure("critics.png", "The critic through RL, beside what any critic could know.", draw_critics, runs, titles)
     if len(set(paper) & set(summary)) > 1:
         figure("ablation.png", "Each bar left is the paper's, right ours; sorted by the paper's.", draw_bars, summary, titles, paper)
     if positions := lines_of(out / "positions.jsonl"):
         figure(
             "bias.png",
-            "A reward model as critic is off the dashed line before the end, so its advantages are not 0 on average.",
+            "On held-out problems: a reward model as critic is off the dashed line before the end, so its advantages are not 0 on average.",
             draw_bias,
             positions,
         )
@@ -253,7 +264,6 @@ def ablation_figures(runs, summary, titles, paper, alpha, out):
             "pretraining.png",
             "What value pretraining reaches on held-out problems.",
             draw_pretraining,
-            lines_of(out / "raw" / "reward_model.jsonl"),
             value,
         )
     figure(

@@ -127,7 +127,11 @@ class Settings(RunSettings):
         for name in ("lam_policy", "lam_critic", "overlong"):
             require(0 <= getattr(self, name) <= 1, f"--{name} must be between 0 and 1")
         require(0 < self.eps_low < 1, "--eps_low must be between 0 and 1")
-        require(not self.critic_free or not (self.critic or self.reward_model), "--critic_free has no use for --critic or --reward_model")
+        if self.critic_free:  # a switch that would change nothing is refused
+            for name in ("critic", "reward_model", "value_clip", "whiten"):
+                require(not getattr(self, name), f"--critic_free has no use for --{name}")
+            for name in ("value_pretraining", "decoupled_gae", "length_adaptive_gae"):
+                require(getattr(self, name), f"--critic_free has no use for --no_{name}: it has no part in it")
         if self.critic_free or self.dynamic_sampling:
             name = "--critic_free" if self.critic_free else "--dynamic_sampling"
             require(self.group_sampling and self.samples > 1, f"{name} compares the answers of a group: it needs --samples above 1")

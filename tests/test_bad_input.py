@@ -42,6 +42,8 @@ def fails_with(capsys, main, argv, *fragments):
         (["--preset=dapo", "--samples=1"], "--samples above 1"),
         (["--dynamic_sampling", "--no_group_sampling"], "--dynamic_sampling compares the answers of a group"),
         (["--preset=grpo", "--critic=nowhere"], "--critic_free has no use for --critic"),
+        (["--preset=grpo", "--no_decoupled_gae"], "no use for --no_decoupled_gae"),
+        (["--preset=dapo", "--whiten"], "no use for --whiten"),
         (["--overlong=2"], "--overlong must be between 0 and 1"),
         (["--train=nowhere.jsonl"], "nowhere.jsonl"),
         (["--test="], "--test FILE"),

@@ -95,6 +95,7 @@ def test_a_critic_that_knows_the_truth_scores_one_and_the_best_there_is(ring, to
     value_BT = torch.zeros(80, 7)
     value_BT[:, 0], value_BT[0::4, 1:], value_BT[1::4, 1:] = 0.5, 1.0, 1.0
     scores = truth.score_critic(ring, [{"problem": "a2"}], tokenizer, rows, value_BT)
-    # Var[R − V] / Var[R]: one token of seven is uncertain, with all the variance there is.
-    assert scores["slip_auc"] == 1 and scores["best_explained_variance"] == pytest.approx(1 - 1 / 7, abs=0.01)
+    # The counts pool the steps left, so "work, on track" is one state: 3 · 40 of 160 are right, V = ¾. The residuals are ¼ at
+    # 3 tokens of each right answer, −¾ at one of each wrong one, else 0: Var[R − V] = (40 · 3/16 + 40 · 9/16) / 560, Var[R] = ¼.
+    assert scores["slip_auc"] == 1 and scores["best_explained_variance"] == pytest.approx(1 - 30 / 140, abs=0.01)
     assert truth.score_critic(ring, [{"problem": "a2"}], tokenizer, rows, torch.zeros(80, 7))["slip_auc"] == 0.5
