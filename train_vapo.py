@@ -110,6 +110,8 @@ class Settings(RunSettings):
     pretrain_answers: int = flag(4096, "value pretraining: answers sampled from the frozen policy")
     pretrain_lr: float = flag(2e-6, "value pretraining: learning rate")
     pretrain_passes: int = flag(10, "value pretraining: most passes over the answers")
+    pretrain_short_passes: int = flag(0, "value pretraining: passes over the shorter half of the answers before those")
+    pretrain_decay: bool = flag(False, "value pretraining: let the learning rate fall linearly to 0")
     pretrain_steps: int = flag(0, "value pretraining: most optimiser steps (the paper: 50); 0: no limit but the passes")
 
     eval_every: int = flag(5, "rollouts between evaluations; 0: only before and after")
@@ -120,7 +122,7 @@ class Settings(RunSettings):
         super().check()
         for name in ("prompts", "samples", "mini_batch", "pretrain_answers", "pretrain_passes", "eval_samples", "generations"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
-        for name in ("steps", "warmup", "mu", "value_clip", "eval_every", "save_every", "pretrain_steps"):
+        for name in ("steps", "warmup", "mu", "value_clip", "eval_every", "save_every", "pretrain_steps", "pretrain_short_passes"):
             require(getattr(self, name) >= 0, f"--{name} must not be negative")
         for name in ("lr", "critic_lr", "pretrain_lr", "max_grad_norm", "alpha", "eps_high"):
             require(getattr(self, name) > 0, f"--{name} must be positive")
