@@ -207,11 +207,11 @@ def report(out, groups, titles, paper, alpha):
         text += [
             "## Learning rates",
             "",
-            "Accuracy of the training rollouts, mean of the last quarter; one seed, which no other table uses.",
+            "Accuracy of the training rollouts, mean of the last quarter; on seeds that no other table uses.",
             "",
         ]
-        text += ["| | training accuracy |", "|---|---|"]
-        text += [f"| {titles[row]} | {summary[row]['training_accuracy']:.3f} |" for row in tuned] + [""]
+        text += ["| | training accuracy | seeds |", "|---|---|---|"]
+        text += [f"| {titles[row]} | {summary[row]['training_accuracy']:.3f} | {summary[row]['seeds']} |" for row in tuned] + [""]
     for name, sentence in plot.ablation_figures(runs, summary, titles, paper, alpha, out):
         text += [f"![{name}]({name})", "", sentence, ""]
     (out / "README.md").write_text("\n".join(text))
