@@ -7,7 +7,7 @@
     python ablate.py --rows alpha                   # α of length-adaptive GAE, which the paper does not sweep
     python ablate.py --quick                        # everything once in small: a smoke test, its numbers mean nothing
 
-1. One embedded world (WORLD), one reward model and one pretrained critic of it; every run with a critic starts from them.
+1. One embedded world (WORLD), one reward model and one pretrained critic in it; every run with a critic starts from one of them.
 2. Each run is `python train_vapo.py` with one row's flags, on one core; a killed run is resumed, a finished one never repeated.
 3. A finished run's metrics.jsonl is copied to OUT/raw; all that is said is computed from those files: OUT/README.md and PNGs.
 """
