@@ -6,7 +6,7 @@
     python train_vapo.py --preset ppo                                # or vc_ppo, grpo, dapo: the rivals, as settings of it
     python train_vapo.py --resume runs/NAME                          # go on from the last checkpoint
 
-PPO with seven changes, each in its place below and each with a flag:
+PPO with seven changes, each with a flag, and each in its place here or in ppo.py:
 1. value pretraining     the critic starts from Monte-Carlo returns of the frozen policy     --no_value_pretraining
 2. decoupled GAE         the critic's targets use λ = 1, the policy's advantages their own    --no_decoupled_gae
 3. length-adaptive GAE   λ_policy = 1 − 1/(α l) for an answer of l tokens                     --no_length_adaptive_gae
@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 import checkpoint
 import dapo
-import gae
 import logprobs
 import losses
 import model
+import ppo
 import problems as problem_files
 import rollout
 import toy
@@ -140,88 +140,6 @@ class Settings(RunSettings):
         require(bool(self.test), 'give --test FILE: held-out problems, a JSONL of {"problem": ..., "answer": ...}')
 
 
-def compute_advantages(rows, settings):
-    """Adds adv_BT and, where there is a critic, reward_BT, lam_B and target_BT to rows; returns the rows."""
-    mask_BT = rollout.response_mask(rows)
-    if settings.critic_free:
-        rows["adv_BT"] = dapo.group_advantage(rows["reward_B"], settings.samples)[:, None] * mask_BT
-        return rows
-    rows["reward_BT"] = gae.terminal_reward(rows["reward_B"], rows["length_B"], mask_BT.shape[1])
-    if settings.length_adaptive_gae:  # piece 3
-        lam_B = gae.length_adaptive_lambda(rows["length_B"], settings.alpha)
-    else:
-        lam_B = torch.full_like(rows["reward_B"], settings.lam_policy)
-    lam_critic = settings.lam_critic if settings.decoupled_gae else lam_B  # piece 2
-    rows["lam_B"] = lam_B
-    rows["adv_BT"], rows["target_BT"] = gae.decoupled_gae(
-        rows["reward_BT"], rows["old_value_BT"], mask_BT, lam_policy=lam_B, lam_critic=lam_critic
-    )
-    if settings.whiten:
-        rows["adv_BT"] = gae.whiten(rows["adv_BT"], mask_BT)
-    return rows
-
-
-def add_weights(batch, settings):
-    """Adds the weights of the three losses to the rows of one optimiser mini-batch; returns the batch.
-
-    Each sums to one over the whole mini-batch, so they must be made before it is split into micro-batches.
-    """
-    mask_BT = rollout.response_mask(batch)
-    batch["policy_weight_BT"] = losses.token_weights(mask_BT, "token" if settings.token_level_loss else "sample")  # piece 4
-    batch["critic_weight_BT"] = losses.token_weights(mask_BT, "token")
-    batch["nll_weight_BT"] = losses.token_weights(mask_BT * batch["correct_B"][:, None], "token")  # piece 6
-    return batch
-
-
-def backward(policy, critic, batch, settings, kernels):
-    """Accumulates the models' gradients over one mini-batch with weights; returns its metrics (sums over the split)."""
-    eps_high = settings.eps_high if settings.clip_higher else settings.eps_low  # piece 5
-    mu = settings.mu if settings.positive_nll else 0.0  # piece 6
-    sums = {"policy_loss": 0.0, "nll_loss": 0.0} | ({"value_loss": 0.0} if critic else {})
-    ratio_max, ratio_sums = 0.0, {"clip_low": 0.0, "clip_high": 0.0, "approx_kl": 0.0}
-    for index in rollout.micro_batches(batch, settings.micro_batch):
-        micro = rollout.take(batch, index)
-        mask_BT = rollout.response_mask(micro)
-
-        if critic:
-            value_BT = model.critic_values(critic, micro)
-            value_clip = settings.value_clip or None
-            value_loss_BT = kernels.value_loss(value_BT, micro["target_BT"], micro["old_value_BT"], value_clip)
-            value_loss = (value_loss_BT * micro["critic_weight_BT"]).sum()
-            value_loss.backward()
-            sums["value_loss"] += value_loss.item()
-
-        logp_BT, _ = model.policy_logprobs(policy, micro, settings.temperature, kernels.chunk_logprobs)
-        policy_loss_BT = kernels.policy_loss(logp_BT, micro["old_logp_BT"], micro["adv_BT"], settings.eps_low, eps_high)
-        policy_loss = (policy_loss_BT * micro["policy_weight_BT"]).sum()
-        nll_loss = (losses.nll_loss(logp_BT) * micro["nll_weight_BT"]).sum()
-        (policy_loss + mu * nll_loss).backward()
-
-        sums["policy_loss"] += policy_loss.item()
-        sums["nll_loss"] += nll_loss.item()
-        ratios = losses.ratio_metrics(logp_BT, micro["old_logp_BT"], micro["adv_BT"], mask_BT, settings.eps_low, eps_high)
-        ratio_max = max(ratio_max, ratios.pop("ratio_max").item())
-        for name, total in ratios.items():
-            ratio_sums[name] += total.item()
-    tokens = int(batch["length_B"].sum())
-    return sums | {name: total / tokens for name, total in ratio_sums.items()} | {"ratio_max": ratio_max}
-
-
-@torch.no_grad()
-def old_logprobs_and_values(policy, critic, rows, settings, kernels):
-    """Adds old_logp_BT, entropy_BT and, with a critic, old_value_BT, from the same code as training: the first ratio is 1."""
-    for name in ("old_logp_BT", "entropy_BT"):
-        rows[name] = torch.zeros_like(rows["sampled_logp_BT"])
-    for index in rollout.micro_batches(rows, 4 * settings.micro_batch):
-        part = rollout.take(rows, index)
-        width = int(part["length_B"].max())
-        logp_BT, entropy_BT = model.policy_logprobs(policy, part, settings.temperature, kernels.chunk_logprobs)
-        rows["old_logp_BT"][index, :width], rows["entropy_BT"][index, :width] = logp_BT, entropy_BT
-    if critic:
-        rows["old_value_BT"] = rollout.values(critic, rows, 4 * settings.micro_batch)
-    return rows
-
-
 def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems, log, state):
     """The run, from prompt to gradient. `state` is a checkpoint to go on from, or None.
 
@@ -295,16 +213,16 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
         rows, drawn = rollout.refill(answers, prompts, samples, settings.generations if settings.dynamic_sampling else None)
         clock.append(time.time())
         # Pieces 2 and 3 make advantages and targets of the outcome on the last token.
-        old_logprobs_and_values(policy, critic, rows, settings, kernels)
-        compute_advantages(rows, settings)
+        ppo.old_logprobs_and_values(policy, critic, rows, settings, kernels)
+        ppo.compute_advantages(rows, settings)
         clock.append(time.time())
 
         # Several optimiser steps a rollout: the ratio moves away from 1. Pieces 4, 5 and 6 are in the losses.
         updates = []
         count = -(-len(rows["length_B"]) // settings.mini_batch)
         for index in torch.randperm(len(rows["length_B"]), generator=generators["mini_batch"]).tensor_split(count):
-            batch = add_weights(rollout.take(rows, index.to(device)), settings)
-            metrics = backward(policy, critic, batch, settings, kernels)
+            batch = ppo.add_weights(rollout.take(rows, index.to(device)), settings)
+            metrics = ppo.backward(policy, critic, batch, settings, kernels)
             for name in ("critic", "policy") if critic else ("policy",):
                 parameters = learners[name].parameters()
                 metrics[f"{name}_grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 import logprobs
 import losses
 import model
+import ppo
 import problems as problem_files
 import rollout
 import toy
@@ -63,15 +64,15 @@ def rows(world, pair, device):
     rows = rollout.sample(policy, tokenizer, problems, 4, 24, 1.0, torch.Generator(device).manual_seed(0))
     rollout.judge(rows, tokenizer, problems)
     assert 0 < rows["correct_B"].float().mean() < 1 and len(rows["length_B"].unique()) > 3
-    train_vapo.old_logprobs_and_values(policy, critic, rows, SETTINGS, KERNELS)
-    return train_vapo.compute_advantages(rows, SETTINGS)
+    ppo.old_logprobs_and_values(policy, critic, rows, SETTINGS, KERNELS)
+    return ppo.compute_advantages(rows, SETTINGS)
 
 
 def gradients(pair, rows, settings):
     """(policy's, critic's, metrics) of one mini-batch, the gradients as one vector each."""
     policy, critic, _ = pair
     policy.zero_grad(), critic.zero_grad()
-    metrics = train_vapo.backward(policy, critic, train_vapo.add_weights(dict(rows), settings), settings, KERNELS)
+    metrics = ppo.backward(policy, critic, ppo.add_weights(dict(rows), settings), settings, KERNELS)
     return *(torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (policy, critic)), metrics
 
 
@@ -113,7 +114,7 @@ def test_targets_are_the_outcome_and_lambda_follows_the_length(rows):
 
 
 def test_decoupled_gae_off_gives_the_critic_the_policys_lambda(rows):
-    coupled = train_vapo.compute_advantages(dict(rows), replace(SETTINGS, decoupled_gae=False))
+    coupled = ppo.compute_advantages(dict(rows), replace(SETTINGS, decoupled_gae=False))
     assert torch.equal(coupled["adv_BT"], rows["adv_BT"])
     expected_BT = (rows["adv_BT"] + rows["old_value_BT"]) * rollout.response_mask(rows)
     torch.testing.assert_close(coupled["target_BT"], expected_BT)
@@ -121,7 +122,7 @@ def test_decoupled_gae_off_gives_the_critic_the_policys_lambda(rows):
 
 
 def test_length_adaptive_gae_off_gives_one_lambda(rows):
-    fixed = train_vapo.compute_advantages(dict(rows), replace(SETTINGS, length_adaptive_gae=False, lam_policy=0.9))
+    fixed = ppo.compute_advantages(dict(rows), replace(SETTINGS, length_adaptive_gae=False, lam_policy=0.9))
     assert (fixed["lam_B"] == 0.9).all() and torch.equal(fixed["target_BT"], rows["target_BT"])
     assert not torch.allclose(fixed["adv_BT"], rows["adv_BT"], atol=1e-2)
 
@@ -131,7 +132,7 @@ def test_token_level_loss_off_weighs_answers(rows):
         (SETTINGS, rows["length_B"] / rows["length_B"].sum()),
         (replace(SETTINGS, token_level_loss=False), torch.full_like(rows["reward_B"], 1 / 24)),
     ):
-        batch = train_vapo.add_weights(dict(rows), settings)
+        batch = ppo.add_weights(dict(rows), settings)
         torch.testing.assert_close(batch["policy_weight_BT"].sum(dim=1), expected_B)
         torch.testing.assert_close(batch["critic_weight_BT"].sum(dim=1), rows["length_B"] / rows["length_B"].sum())
 
@@ -313,7 +314,7 @@ def test_the_rivals_run_from_start_to_saved_policy_each_in_its_own_way(world, tm
 def test_dynamic_sampling_fills_the_rollout_with_mixed_groups(world, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        train_vapo, "add_weights", lambda batch, settings, add=train_vapo.add_weights: seen.append(batch) or add(batch, settings)
+        ppo, "add_weights", lambda batch, settings, add=ppo.add_weights: seen.append(batch) or add(batch, settings)
     )
     vapo_run(world, tmp_path, "--preset=dapo", "--steps=1", "--mini_batch=24")
     (batch,) = seen
