@@ -313,9 +313,7 @@ def test_the_rivals_run_from_start_to_saved_policy_each_in_its_own_way(world, tm
 
 def test_dynamic_sampling_fills_the_rollout_with_mixed_groups(world, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        ppo, "add_weights", lambda batch, settings, add=ppo.add_weights: seen.append(batch) or add(batch, settings)
-    )
+    monkeypatch.setattr(ppo, "add_weights", lambda batch, settings, add=ppo.add_weights: seen.append(batch) or add(batch, settings))
     vapo_run(world, tmp_path, "--preset=dapo", "--steps=1", "--mini_batch=24")
     (batch,) = seen
     assert len(batch["correct_B"]) == 24
