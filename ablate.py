@@ -31,8 +31,9 @@ from run import BadInput, exit_on_bad_input, flag, parse_settings, require
 WORLD = {
     "min_steps": 10, "max_steps": 120, "slip": 0.08, "layers": 4, "updates": 2000, "update_rows": 32, "test_problems": 128,
 }  # fmt: skip
+# 16 updates a rollout, as in the paper; results/eight_updates has a first look with 8.
 RUN = {
-    "steps": 24, "prompts": 16, "samples": 16, "mini_batch": 32, "alpha": 0.5, "critic_lr": 5e-4, "micro_batch": 32,
+    "steps": 24, "prompts": 16, "samples": 16, "mini_batch": 16, "alpha": 0.5, "critic_lr": 5e-4, "micro_batch": 32,
     "eval_every": 3, "eval_samples": 4, "save_every": 6,
 }  # fmt: skip
 REWARD_MODEL = {"answers": 8192, "lr": 5e-4, "batch": 32, "passes": 8, "patience": 3}
@@ -69,6 +70,7 @@ GROUPS = {"paper": list(ROWS)}
 ROWS |= {f"alpha_{alpha:g}": (f"VAPO, α = {alpha:g}", {"alpha": alpha}) for alpha in (0.05, 0.1, 0.2, 1.0, 2.0)}
 GROUPS["alpha"] = ["vapo", *(row for row in ROWS if row.startswith("alpha_"))]
 ROWS |= {f"{preset}_lr_{lr:g}": (f"{preset}, lr {lr:g}", {"preset": preset, "lr": lr}) for preset in LEARNING_RATES for lr in TRIED}
+ROWS |= {f"vapo_critic_lr_{lr:g}": (f"vapo, critic lr {lr:g}", {"critic_lr": lr}) for lr in (1e-4, 1e-3)}
 ROWS["vapo_from_reward_model"] = ("VAPO, critic pretrained from the reward model", {"critic": "value_from_reward_model"})
 GROUPS["paper"].append("vapo_from_reward_model")
 GROUPS["tuning"] = [row for row in ROWS if "_lr_" in row]
