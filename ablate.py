@@ -12,6 +12,7 @@
 3. A finished run's metrics.jsonl is copied to OUT/raw; all that is said is computed from those files: OUT/README.md and PNGs.
 """
 
+import fcntl
 import json
 import os
 import subprocess
@@ -191,6 +192,38 @@ def run(row, seed, runs, out, quick):
     keep(run_dir, out / "raw" / f"{row}-{seed}.jsonl")
 
 
+def lock(runs):
+    """An open file, to be closed when done, that one process at a time can have. Raises: BadInput if another has it."""
+    runs.mkdir(parents=True, exist_ok=True)
+    file = open(runs / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise BadInput(f"another ablate.py is at work in {runs}: let it finish, or give another --runs and --out") from None
+    return file
+
+
+def run_all(waiting, runs, out, settings, written):
+    """The runs that are missing, side by side; calls written() after each. Returns a line for each that failed."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has only the latter
+    failed, pool = [], ThreadPoolExecutor(settings.jobs or cores)
+    jobs = {pool.submit(run, row, seed, runs, out, settings.quick): (row, seed) for row, seed in waiting}
+    try:
+        for job in tqdm(as_completed(jobs), total=len(jobs), desc="runs"):
+            row, seed = jobs[job]
+            try:
+                job.result()
+                tqdm.write(f"{row}, seed {seed}: {curve(read_raw(out, ROWS)[row][seed])[-1][1]:.3f}")
+            except BadInput as error:
+                failed.append(f"{row}, seed {seed}: {error}")
+                tqdm.write(failed[-1])
+            written()
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C stops after the runs that are under way, which Ctrl-C reaches too
+    return failed
+
+
 @exit_on_bad_input
 def main(argv=None):
     """Runs the script; returns the summary of all finished runs."""
@@ -209,22 +242,11 @@ def main(argv=None):
 
     waiting = [(row, seed) for seed in seeds for row in rows if not is_finished(row, seed, out, settings.quick)]
     written()  # also shows at once whether matplotlib is there
+    failed = []
     if waiting:
-        prepare(runs, out, settings.quick)
-    failed, pool = [], ThreadPoolExecutor(settings.jobs or len(os.sched_getaffinity(0)))
-    jobs = {pool.submit(run, row, seed, runs, out, settings.quick): (row, seed) for row, seed in waiting}
-    try:
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="runs", disable=not jobs):
-            row, seed = jobs[job]
-            try:
-                job.result()
-                tqdm.write(f"{row}, seed {seed}: {curve(read_raw(out, titles)[row][seed])[-1][1]:.3f}")
-            except BadInput as error:
-                failed.append(f"{row}, seed {seed}: {error}")
-                tqdm.write(failed[-1])
-            written()
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C stops after the runs that are under way, which Ctrl-C reaches too
+        with lock(runs):
+            prepare(runs, out, settings.quick)
+            failed = run_all(waiting, runs, out, settings, written)
     summary = written()
     print(f"\nthe table and the figures are in {out}/README.md")
     require(not failed, f"{len(failed)} runs failed: {'; '.join(failed)}")

@@ -153,9 +153,13 @@ def compiler(settings, device):
 def describe(device):
     """Revision, versions and device, for the record beside the numbers."""
     here = Path(__file__).parent
-    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
+
+    def git(*words):
+        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10)
+
+    try:  # dirty: the code differs; results that ablate.py writes into the tree do not count
+        revision = git("describe", "--always", "--abbrev=12").stdout.strip() or "unknown"
+        revision += "-dirty" if git("diff", "--quiet", "HEAD", "--", "*.py").returncode == 1 else ""
     except (OSError, subprocess.TimeoutExpired):
         revision = "unknown"
     return {

@@ -128,6 +128,15 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, calls, capsys):
     assert "| PPO | 5 | 0.500 |  | – |" in (tmp_path / "out" / "README.md").read_text()  # one row, one seed, nothing to compare with
 
 
+def test_two_at_once_do_not_take_the_same_run(tmp_path, calls, capsys):
+    flags = ["--rows", "vapo", "--seeds", "0", f"--runs={tmp_path}/runs", f"--out={tmp_path}/out"]
+    with ablate.lock(tmp_path / "runs"), pytest.raises(SystemExit) as error:
+        ablate.main(flags)
+    assert error.value.code == 2 and "another ablate.py is at work" in capsys.readouterr().err and not calls
+    ablate.main(flags)
+    assert calls == [("vapo", 0, False)]
+
+
 def test_an_unknown_row_is_refused(capsys):
     with pytest.raises(SystemExit):
         ablate.main(["--rows", "vapoo"])
