@@ -45,8 +45,8 @@ QUICK_VALUE = {"answers": 128, "short_passes": 0, "passes": 1}
 
 LEARNING_RATES = {
     "vapo": 2e-4,
-    "vc_ppo": 2e-4,
-    "ppo": 1e-4,
+    "vc_ppo": 1e-4,
+    "ppo": 2e-4,
     "grpo": 2e-4,
     "dapo": 2e-4,
 }  # by training accuracy, `--rows tuning --seeds 100`, and 101 where the best two are within 0.01
