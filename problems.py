@@ -1,50 +1,170 @@
-"""Problems: read from a file, put into the prompt template, turned into token ids."""
+"""Problems: read from a file or the hub, put into the prompt, turned into token ids.
 
+A row of a file is one problem. These pairs of fields are understood, the first that a row has both of:
+
+    problem, answer         as it is
+    question, answer        GSM8K: the answer is what follows the last ####
+    input, target           MAWPS: a number such as 14.0
+    prompt, reward_model    DAPO-Math-17k: a list of chat messages, and ground_truth in reward_model
+
+Chat messages are a whole prompt already, with their own wording: --prompt_template does not touch them.
+"""
+
+import csv
 import json
+import math
+import re
 from pathlib import Path
 
 from run import BadInput
 
+FIELDS = (("problem", "answer"), ("question", "answer"), ("input", "target"), ("prompt", "reward_model"))
+KINDS = (".jsonl", ".json", ".csv", ".parquet")
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@(\w+))?")  # OWNER/NAME:CONFIG@SPLIT
+
+
+def prompted_problems(path, tokenizer, settings):
+    """`load_problems` and `encode_prompts` as the settings of a run say."""
+    problems = load_problems(path)
+    return encode_prompts(
+        problems, tokenizer, settings.prompt_template, settings.prompt_length, settings.chat_template, settings.drop_long_prompts
+    )
+
 
 def load_problems(path):
-    """Problems from a JSONL file: one {"problem": text, "answer": text or number} a line.
+    """Problems from a .jsonl, .json, .csv or .parquet file, or from the hub: OWNER/NAME, OWNER/NAME:CONFIG, …@SPLIT (default: train).
 
-    Returns: a list of {"problem": str, "answer": str}. Other fields are kept out; blank lines are skipped.
-    Raises: BadInput that names the file, and the line where one is wrong.
+    Returns: a list of {"problem": str, "answer": str}, with "messages" where the prompt is a list of chat messages.
+    Raises: BadInput that names the file, and the line or row where one is wrong. No row is skipped but blank lines.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines: it cuts at U+2028 and others too
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read the problems {path}: {getattr(error, 'strerror', None) or error}") from None
-    problems = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"{path}, line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict) or not isinstance(row.get("problem"), str) or not row["problem"].strip():
-            raise BadInput(f'{path}, line {number}: wants {{"problem": text, "answer": text or number}}, has no problem text')
-        answer = row.get("answer")
-        if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
-            raise BadInput(f'{path}, line {number}: "answer" must be a text or a number')
-        problems.append({"problem": row["problem"], "answer": str(answer)})
+    problems = [{"where": where} | problem_of(row, where) for where, row in rows_of(str(path))]
     if not problems:
         raise BadInput(f"{path} holds no problems")
     return problems
 
 
-def encode_prompts(problems, tokenizer, template, prompt_length):
-    """Adds "prompt" (token ids of the template filled in) to each problem; returns the same list.
+def rows_of(path):
+    """Yields (where it stands, row) of a file or a hub data set."""
+    kind = Path(path).suffix
+    name = HUB_NAME.fullmatch(path)
+    if name and kind not in KINDS and not Path(path).exists():
+        from_hub = need_datasets(path).load_dataset
+        try:
+            rows = from_hub(name[1], name[2], split=name[3] or "train")
+        except Exception as error:  # no network, no such name, no such split: the library's own types are many
+            raise BadInput(f"cannot read {path}, which is no file, from the hub: {error}") from None
+        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+        return
+    if kind not in KINDS and not Path(path).is_file():
+        raise BadInput(f"cannot read the problems {path}: no such file, and no hub name (OWNER/NAME:CONFIG@SPLIT)")
+    if kind == ".parquet":
+        if not Path(path).is_file():
+            raise BadInput(f"cannot read the problems {path}: no such file")
+        try:
+            rows = need_datasets(path).Dataset.from_parquet(path)
+        except BadInput:
+            raise
+        except Exception as error:  # pyarrow's and the library's own
+            raise BadInput(f"cannot read the problems {path}: {error}") from None
+        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+        return
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read the problems {path}: {getattr(error, 'strerror', None) or error}") from None
+    if kind == ".csv":
+        reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+        try:
+            yield from ((f"{path}, line {reader.line_num}", row) for row in reader)
+        except csv.Error as error:
+            raise BadInput(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+    elif kind == ".json":
+        try:
+            rows = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{path}: not JSON ({error})") from None
+        if not isinstance(rows, list):
+            raise BadInput(f"{path}: wants a list of problems")
+        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+    else:
+        for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: it cuts at U+2028 and others too
+            if line.strip():
+                try:
+                    yield f"{path}, line {number}", json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise BadInput(f"{path}, line {number}: not JSON ({error})") from None
 
-    Raises: BadInput if a prompt is longer than `prompt_length` tokens.
+
+def need_datasets(path):
+    """The package `datasets`, which only some sources need. Raises: BadInput that says how to install it."""
+    try:
+        import datasets
+    except ImportError:
+        what = "is read" if Path(path).is_file() else "is no file; if it is a name on the hub, it is read"
+        raise BadInput(f"{path} {what} by the package datasets: pip install datasets") from None
+    return datasets
+
+
+def problem_of(row, where):
+    """One row of a file → {"problem", "answer"} and, where it is a list of chat messages, "messages". Raises: BadInput."""
+    pairs = [pair for pair in FIELDS if isinstance(row, dict) and row.keys() >= set(pair)]
+    if not pairs:
+        has = f"has {', '.join(map(str, row))}" if isinstance(row, dict) else "is no object"
+        raise BadInput(f"{where}: wants the fields {', or '.join(' and '.join(pair) for pair in FIELDS)}; {has}"[:400])
+    name, answer_name = pairs[0]
+    text, answer, messages = row[name], row[answer_name], None
+    if answer_name == "reward_model":
+        answer_name = "reward_model.ground_truth"
+        answer = answer.get("ground_truth") if isinstance(answer, dict) else None
+        messages = text
+        good = isinstance(messages, list) and all(
+            isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+            for message in messages
+        )
+        if not good or not messages:
+            raise BadInput(f'{where}: "prompt" must be a list of chat messages, each with role and content')
+        text = "\n\n".join(message["content"] for message in messages)
+    if not isinstance(text, str) or not text.strip():
+        raise BadInput(f'{where}: "{name}" must be a text, and not empty')
+    if name == "question" and isinstance(answer, str):
+        answer = answer.rpartition("####")[2].strip()
+    usable = isinstance(answer, (str, int, float)) and not isinstance(answer, bool) and str(answer).strip()
+    if not usable or (isinstance(answer, float) and not math.isfinite(answer)):
+        raise BadInput(f'{where}: "{answer_name}" must be a text or a number, and not empty')
+    problem = {"problem": text, "answer": str(answer)}
+    return problem | {"messages": [{n: m[n] for n in ("role", "content")} for m in messages]} if messages else problem
+
+
+def encode_prompts(problems, tokenizer, template, prompt_length, chat_template=True, drop_long=False):
+    """Adds "prompt" (token ids) to each problem; returns the list, without those that are too long if `drop_long`.
+
+    The prompt is the template filled in, or the problem's own chat messages. Where `chat_template` and the tokenizer has
+    one, it is said by the user in the model's chat format, up to where the assistant answers.
+    Raises: BadInput if prompts are longer than `prompt_length` tokens: how many, and which is the first.
     """
-    for number, problem in enumerate(problems, start=1):
-        problem["prompt"] = tokenizer(template.replace("{problem}", problem["problem"]))["input_ids"]
-        if not 0 < len(problem["prompt"]) <= prompt_length:
-            raise BadInput(
-                f"problem {number} ({problem['problem'][:40]!r}) makes a prompt of {len(problem['prompt'])} tokens: "
-                f"the limit is --prompt_length {prompt_length}, raise it or drop the problem"
-            )
-    return problems
+    for problem in problems:
+        messages = problem.get("messages")
+        text = problem["problem"] if messages else template.replace("{problem}", problem["problem"])
+        if chat_template and tokenizer.chat_template:
+            messages = messages or [{"role": "user", "content": text}]
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            problem["prompt"] = tokenizer(text, add_special_tokens=False)["input_ids"]  # the format writes its own BOS
+        else:
+            problem["prompt"] = tokenizer(text)["input_ids"]
+    bad = [problem for problem in problems if not 0 < len(problem["prompt"]) <= prompt_length]
+    if bad and not drop_long:
+        raise BadInput(
+            f"{len(bad)} of {len(problems)} prompts are longer than --prompt_length {prompt_length} (or empty); the first, of "
+            f"{len(bad[0]['prompt'])} tokens: {bad[0].get('where', 'problem')} ({bad[0]['problem'][:40]!r}); raise it, or --drop_long_prompts"
+        )
+    if len(bad) == len(problems):
+        raise BadInput(f"all {len(bad)} prompts are longer than --prompt_length {prompt_length}: raise it")
+    if bad:
+        print(f"warning: dropped {len(bad)} of {len(problems)} problems: their prompts are longer than --prompt_length {prompt_length}")
+    return [problem for problem in problems if 0 < len(problem["prompt"]) <= prompt_length]
+
+
+def repeated(problems, others):
+    """How many of `problems` stand, but for spaces, also among `others`."""
+    known = {" ".join(other["problem"].split()) for other in others}
+    return sum(" ".join(problem["problem"].split()) in known for problem in problems)

@@ -49,7 +49,9 @@ class RunSettings:
     """What every run on problems has: the model, the data, where it runs, how it samples."""
 
     model: str = flag("", "causal language model: a Hugging Face directory; empty: the embedded world (toy.py)")
-    train: str = flag("", 'training problems: JSONL with lines {"problem": ..., "answer": ...}')
+    train: str = flag(
+        "", "training problems: a .jsonl, .json, .csv or .parquet file, or OWNER/NAME:CONFIG@SPLIT of the hub (see problems.py)"
+    )
     world: str = flag("", "directory of the embedded world that model and problems come from; its truth is then reported")
     seed: int = flag(0, "seed of the data order, the sampling and the mini-batches")
     device: str = flag("auto", "auto (cuda if there is one), cpu, cuda or cuda:N")
@@ -60,7 +62,9 @@ class RunSettings:
         'Remember to put your answer on its own line after "Answer:".',
         "prompt text; {problem} stands for the problem (default: DAPO's wording)",
     )
-    prompt_length: int = flag(1024, "most tokens of a prompt")
+    chat_template: bool = flag(True, "put prompts into the model's own chat format, where its tokenizer has one")
+    prompt_length: int = flag(1024, "most tokens of a prompt; a longer one is refused")
+    drop_long_prompts: bool = flag(False, "leave out problems whose prompt is too long, with a warning, instead")
     response_length: int = flag(1024, "most tokens of an answer; a longer one is cut there and scored as it stands")
     temperature: float = flag(1.0, "sampling temperature, in the sampler and in the training log-probs alike")
     reward_correct: float = flag(1.0, "reward of a correct answer")
@@ -74,7 +78,7 @@ class RunSettings:
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
         require(self.temperature > 0, "--temperature must be positive")
         require("{problem}" in self.prompt_template, "--prompt_template must contain {problem}")
-        require(bool(self.train), 'give --train FILE: a JSONL of {"problem": ..., "answer": ...}')
+        require(bool(self.train), 'give --train FILE: say, a JSONL of {"problem": ..., "answer": ...}')
         pick_device(self.device)
 
 

@@ -92,7 +92,7 @@ def sampled_answers(settings, out, policy, tokenizer, problems):
     """Judged rows from the frozen policy; stored, so that a second run on them samples nothing."""
     path = Path(settings.reuse_answers or out / "answers.pt")
     # What the answers depend on: those of another policy, file, temperature … must not be used in silence.
-    names = ["prompt_template", "response_length", "temperature", "reward_correct", "reward_wrong"]
+    names = ["prompt_template", "chat_template", "response_length", "temperature", "reward_correct", "reward_wrong"]
     names += [] if settings.reuse_answers else ["seed", "answers", "samples"]
     source = {name: getattr(settings, name) for name in names} | {"policy or problems": fingerprint(policy, problems)}
     if path.exists():
@@ -241,9 +241,8 @@ def main(argv=None):
     torch.manual_seed(settings.seed)
     out = Path(settings.out or time.strftime("runs/value-%Y%m%d-%H%M%S"))
     require(not (out / "critic").exists(), f"{out} holds a critic already: give another --out")
-    problems = problem_files.load_problems(settings.train)
     tokenizer = model.load_tokenizer(settings.model)
-    problem_files.encode_prompts(problems, tokenizer, settings.prompt_template, settings.prompt_length)
+    problems = problem_files.prompted_problems(settings.train, tokenizer, settings)
     policy = model.load_policy(settings.model, device)
     rows = sampled_answers(settings, out, policy, tokenizer, problems)
     fit_rows, held_out_rows = split_by_problem(rows, settings.held_out, settings.seed)

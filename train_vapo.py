@@ -137,7 +137,7 @@ class Settings(RunSettings):
         if self.critic_free or self.dynamic_sampling:
             name = "--critic_free" if self.critic_free else "--dynamic_sampling"
             require(self.group_sampling and self.samples > 1, f"{name} compares the answers of a group: it needs --samples above 1")
-        require(bool(self.test), 'give --test FILE: held-out problems, a JSONL of {"problem": ..., "answer": ...}')
+        require(bool(self.test), 'give --test FILE: held-out problems, say a JSONL of {"problem": ..., "answer": ...}')
 
 
 def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems, log, state):
@@ -309,10 +309,9 @@ def main(argv=None):
     device = pick_device(settings.device)
     torch.manual_seed(settings.seed)
     tokenizer = model.load_tokenizer(settings.model)
-    data = []
-    for path in (settings.train, settings.test):
-        loaded = problem_files.load_problems(path)
-        data.append(problem_files.encode_prompts(loaded, tokenizer, settings.prompt_template, settings.prompt_length))
+    data = [problem_files.prompted_problems(path, tokenizer, settings) for path in (settings.train, settings.test)]
+    if twice := problem_files.repeated(data[1], data[0]):
+        print(f"warning: {twice} of the {len(data[1])} test problems are training problems too")
     policy = model.load_policy(settings.model, device)
     for path in (settings.critic, settings.reward_model):  # before any long work
         require(path in ("", "fit") or Path(path).is_dir(), f"no model directory at {path}")

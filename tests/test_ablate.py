@@ -187,6 +187,29 @@ def test_the_table_is_computed_from_the_files_as_by_hand(tmp_path):
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("methods.png", "ablation.png", "dynamics.png"))
 
 
+def test_the_sweep_the_learning_rates_and_the_critic_are_told_apart(tmp_path):
+    (tmp_path / "raw").mkdir()
+    runs = {
+        "vapo-0": curve(0.4, 0.8), "alpha_0.1-0": curve(0.3, 0.6), "ppo_lr_0.0001-100": curve(0.1, 0.2, 0.4, 0.6), "ppo_lr_0.0001-101": curve(0.2, 0.2, 0.2, 0.2)
+    }  # fmt: skip
+    value = [
+        {"step": 0, "value_loss": 0.1, "explained_variance": 0.0, "best_explained_variance": 0.4, "slip_auc": 0.5},
+        {"step": 1, "train_value_loss": 0.01},
+        {"step": 2, "value_loss": 0.05, "explained_variance": 0.3, "best_explained_variance": 0.4, "slip_auc": 0.8},
+        {"step": 4, "value_loss": 0.06, "explained_variance": 0.1, "best_explained_variance": 0.4, "slip_auc": 0.9},  # past the best pass
+    ]
+    for name, lines in (runs | {"value": value}).items():
+        lines = [{"config": {"on": {}}}, *lines]
+        (tmp_path / "raw" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.report(tmp_path, ablate.GROUPS, {row: title for row, (title, _) in ablate.ROWS.items()}, ablate.PAPER, 0.5)
+    text = (tmp_path / "README.md").read_text()
+    sweep, rates = text.partition("## α of")[2].split("## Learning rates")
+    assert "| VAPO, α = 0.1 |  | 0.600 | -0.200 |" in sweep and "| VAPO |" in sweep and "ppo" not in sweep
+    # The last quarter of 8 rollouts is 6, 7 and 8: trained at half of 0.4, 0.6, 0.6, mean 0.2667; the other seed 0.1: together 0.183.
+    assert "| ppo, lr 0.0001 | 0.183 | 2 |" in rates and "α" not in rates.partition("!")[0]
+    assert "explained variance 0.300, 75% of the best possible; first-slip AUC 0.80." in text
+
+
 def test_a_best_score_at_the_start_is_no_never(tmp_path):
     runs = {"vapo": {0: curve(0.05, 0.2)}, "dapo": {0: curve(0.05, 0.05)}}
     summary = report.summarise(runs)
