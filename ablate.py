@@ -5,6 +5,7 @@
     python ablate.py --rows tuning --seeds 100 101  # how the learning rates were chosen
     python ablate.py --out runs/again/results --runs runs/again   # from nothing, beside the results that are there
     python ablate.py --rows alpha                   # α of length-adaptive GAE, which the paper does not sweep
+    python ablate.py --rows added                   # PPO with one of the seven pieces each: what one does alone
     python ablate.py --quick                        # everything once in small: a smoke test, its numbers mean nothing
 
 1. One embedded world (WORLD), one reward model and one pretrained critic in it; every run with a critic starts from one of them.
@@ -68,6 +69,10 @@ ROWS = {"vapo": ("VAPO", {})}
 ROWS |= {f"no_{piece}": (f"w/o {title}", {piece: False}) for piece, title in PIECES.items()}
 ROWS |= {preset: (title, {"preset": preset, "lr": LEARNING_RATES[preset]}) for preset, title in RIVALS.items()}
 GROUPS = {"paper": list(ROWS)}
+ROWS |= {
+    f"ppo_with_{piece}": (f"PPO with {title}", {"preset": "ppo", "lr": LEARNING_RATES["ppo"], piece: True}) for piece, title in PIECES.items()
+}  # fmt: skip
+GROUPS["added"] = ["ppo", *(row for row in ROWS if row.startswith("ppo_with_"))]
 ROWS |= {f"alpha_{alpha:g}": (f"VAPO, α = {alpha:g}", {"alpha": alpha}) for alpha in (0.05, 0.1, 0.2, 1.0, 2.0)}
 GROUPS["alpha"] = ["vapo", *(row for row in ROWS if row.startswith("alpha_"))]
 ROWS |= {f"{preset}_lr_{lr:g}": (f"{preset}, lr {lr:g}", {"preset": preset, "lr": lr}) for preset in LEARNING_RATES for lr in TRIED}
@@ -104,7 +109,7 @@ def run_flags(row, seed, runs, quick=False):
     if "critic" in own:
         own = own | {"critic": runs / own["critic"] / "critic"}
         files["critic"] = own["critic"]
-    elif preset in ("vapo", "vc_ppo") and own.get("value_pretraining", True):
+    elif own.get("value_pretraining", preset in ("vapo", "vc_ppo")):
         files["critic"] = runs / "value" / "critic"
     elif preset not in ("grpo", "dapo"):
         files["reward_model"] = runs / "reward_model" / "critic"

@@ -183,7 +183,7 @@ def provenance(out):
 def report(out, groups, titles, paper, alpha):
     """OUT/README.md and the figures, from OUT/raw. Returns the summary.
 
-    Args: groups, {group: rows} of "paper", "alpha" and "tuning"; titles, {row: title}; paper, {row: its number there};
+    Args: groups, {group: rows} of "paper", "added", "alpha" and "tuning"; titles, {row: title}; paper, {row: its number there};
         alpha, that of VAPO's row.
     """
     out = Path(out)
@@ -199,6 +199,9 @@ def report(out, groups, titles, paper, alpha):
         text += ["are of RL alone: all seeds share the world, the base model and the critics. Answers and minutes are those of RL; the"]
         text += ["rows with a pretrained critic share one fit on 8,192 answers more.", "", table(summary, shown, titles, paper), ""]
         text += [f"- {line}" for line in findings(runs, summary, value, paper)] + [""]
+    added = [row for row in groups["added"] if row in summary]
+    if set(added) - {"ppo"}:
+        text += ["## PPO with one piece", "", table(summary, added, titles, {}), ""]
     swept = [row for row in groups["alpha"] if row in summary]
     if set(swept) - {"vapo"}:
         text += ["## α of length-adaptive GAE", "", table(summary, swept, titles, {}), ""]

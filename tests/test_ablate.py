@@ -64,6 +64,16 @@ def test_every_row_of_the_paper_changes_the_outcome_of_one_step_and_nothing_else
         assert (outcome(row, runs, tmp_path)[index] - vapo[index]).abs().max() > 1e-6, row
 
 
+def test_ppo_with_one_piece_is_ppo_but_for_that_piece(runs):
+    ppo = settings_of("ppo", runs)
+    assert len(ablate.GROUPS["added"]) == 8
+    for row in ablate.GROUPS["added"][1:]:
+        piece = row.removeprefix("ppo_with_")
+        changed = {name for name, value in vars(settings_of(row, runs)).items() if value != getattr(ppo, name)} - {"out"}
+        assert changed == {piece} | ({"critic", "reward_model"} if piece == "value_pretraining" else set()), row
+        assert getattr(settings_of(row, runs), piece) and not getattr(ppo, piece)
+
+
 def test_a_row_in_several_seeds_says_so_in_its_flags(runs):
     assert "--seed=3" in ablate.run_flags("dapo", 3, runs) and f"--out={runs}/dapo-3" in ablate.run_flags("dapo", 3, runs)
 
@@ -190,7 +200,7 @@ def test_the_table_is_computed_from_the_files_as_by_hand(tmp_path):
 def test_the_sweep_the_learning_rates_and_the_critic_are_told_apart(tmp_path):
     (tmp_path / "raw").mkdir()
     runs = {
-        "vapo-0": curve(0.4, 0.8), "alpha_0.1-0": curve(0.3, 0.6), "ppo_lr_0.0001-100": curve(0.1, 0.2, 0.4, 0.6), "ppo_lr_0.0001-101": curve(0.2, 0.2, 0.2, 0.2)
+        "vapo-0": curve(0.4, 0.8), "alpha_0.1-0": curve(0.3, 0.6), "ppo-0": curve(0.2, 0.3), "ppo_with_positive_nll-0": curve(0.2, 0.5), "ppo_lr_0.0001-100": curve(0.1, 0.2, 0.4, 0.6), "ppo_lr_0.0001-101": curve(0.2, 0.2, 0.2, 0.2)
     }  # fmt: skip
     value = [
         {"step": 0, "value_loss": 0.1, "explained_variance": 0.0, "best_explained_variance": 0.4, "slip_auc": 0.5},
@@ -203,8 +213,9 @@ def test_the_sweep_the_learning_rates_and_the_critic_are_told_apart(tmp_path):
         (tmp_path / "raw" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report.report(tmp_path, ablate.GROUPS, {row: title for row, (title, _) in ablate.ROWS.items()}, ablate.PAPER, 0.5)
     text = (tmp_path / "README.md").read_text()
+    assert "| PPO with positive-example NLL |  | 0.500 | -0.300 |" in text.partition("## PPO with one piece")[2].partition("## α of")[0]
     sweep, rates = text.partition("## α of")[2].split("## Learning rates")
-    assert "| VAPO, α = 0.1 |  | 0.600 | -0.200 |" in sweep and "| VAPO |" in sweep and "ppo" not in sweep
+    assert "| VAPO, α = 0.1 |  | 0.600 | -0.200 |" in sweep and "| VAPO |" in sweep and "PPO |" not in sweep
     # The last quarter of 8 rollouts is 6, 7 and 8: trained at half of 0.4, 0.6, 0.6, mean 0.2667; the other seed 0.1: together 0.183.
     assert "| ppo, lr 0.0001 | 0.183 | 2 |" in rates and "α" not in rates.partition("!")[0]
     assert "explained variance 0.300, 75% of the best possible; first-slip AUC 0.80." in text
