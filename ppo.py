@@ -30,7 +30,10 @@ def old_logprobs_and_values(policy, critic, rows, settings, kernels):
 
 
 def compute_advantages(rows, settings):
-    """Adds adv_BT and, where there is a critic, reward_BT, lam_B and target_BT to rows; returns the rows."""
+    """Adds adv_BT and, where there is a critic, reward_BT, lam_B and target_BT to rows; returns the rows.
+
+    Decoupled and length-adaptive GAE: VAPO §4.1, §4.2. Without a critic: the group-relative advantage of arXiv 2402.03300 §4.1.
+    """
     mask_BT = rollout.response_mask(rows)
     if settings.critic_free:
         rows["adv_BT"] = dapo.group_advantage(rows["reward_B"], settings.samples)[:, None] * mask_BT
@@ -53,7 +56,7 @@ def compute_advantages(rows, settings):
 def add_weights(batch, settings):
     """Adds the weights of the three losses to the rows of one optimiser mini-batch; returns the batch.
 
-    Each sums to one over the whole mini-batch, so they must be made before it is split into micro-batches.
+    policy_weight_BT, critic_weight_BT, nll_weight_BT (VAPO §4.2, §4.3): each sums to one over the whole mini-batch, so they must be made before it is split into micro-batches.
     """
     mask_BT = rollout.response_mask(batch)
     batch["policy_weight_BT"] = losses.token_weights(mask_BT, "token" if settings.token_level_loss else "sample")  # piece 4
