@@ -1,23 +1,36 @@
 """Policy and critic: loading them, and what they say about rows of tokens.
 
 The policy is any causal language model. The critic is a separate trunk with a linear head, `AutoModelForTokenClassification`
-with one label: an ordinary Hugging Face directory, into which a reward model's head loads as it is.
+with one label: an ordinary Hugging Face directory, into which a reward model's head loads as it is. Weights are float32;
+the arithmetic is bfloat16 where --dtype says so (by default on CUDA), and so is the copy of the policy that samples.
 
 Shapes: B rows; L prompt + response tokens, padded on the right; T response tokens; V vocabulary; D width.
 Rows are right-padded and attention is causal, so a token never sees the padding after it: no attention mask, and no
 mask is ever derived from a pad id. Both models stay in eval mode: dropout would move the ratio without an update.
 """
 
-import contextlib
+import copy
+import re
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.modeling_layers import GenericForTokenClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, MODEL_MAPPING
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 import logprobs
 from run import BadInput, require
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_tokenizer(path):
@@ -32,26 +45,50 @@ def load_tokenizer(path):
     return tokenizer
 
 
-def load_policy(path, device):
-    """The causal LM in `path`, float32, eval mode, with `logit_treatment` measured (see `measure_logits`)."""
+def load_policy(path, device, dtype="auto", length=0):
+    """The causal LM in `path`, float32 weights, eval mode, with `logit_treatment` measured (see `measure_logits`).
+
+    Raises: BadInput if it cannot be loaded, or has positions for fewer than `length` tokens of prompt and response.
+    """
     policy = loaded(AutoModelForCausalLM.from_pretrained, path, dtype=torch.float32).to(device).eval()
+    longest = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    require(not longest or length <= longest, f"{path} has {longest} positions: lower --prompt_length + --response_length from {length}")
     policy.logit_treatment = measure_logits(policy)
+    policy.arithmetic = arithmetic(dtype, device)
     return policy
 
 
-def load_critic(path, device, mean_reward=0.0):
+def sampling_copy(policy):
+    """The policy, to sample from: itself, or a copy with bfloat16 weights, which would otherwise be cast for every token."""
+    if policy.arithmetic == torch.float32:
+        return policy
+    sampler = copy.deepcopy(policy)
+    for parameter in sampler.parameters():  # not the buffers: positions need float32
+        parameter.requires_grad_(False).data = parameter.data.to(policy.arithmetic)
+    return sampler
+
+
+@torch.no_grad()
+def refresh(sampler, policy):
+    """Gives a copy made by `sampling_copy` the policy's weights of now."""
+    if sampler is not policy:
+        for copied, parameter in zip(sampler.parameters(), policy.parameters()):
+            copied.copy_(parameter)
+
+
+def load_critic(path, device, mean_reward=0.0, dtype="auto"):
     """A critic from a policy, a reward model or a critic directory (its config.json says which).
 
     From a policy: its trunk with a zero head and bias = the mean reward, so V is that constant at first.
     From a reward model (`AutoModelForSequenceClassification`, one label): trunk and head, bias 0.
-    From a critic: as it is. Raises: BadInput if the model has another number of labels or no such class exists.
+    From a critic: as it is. Raises: BadInput if the model has another number of labels.
     """
     config = loaded(AutoConfig.from_pretrained, path)
     kind = (config.architectures or [""])[0]
     is_scorer = kind.endswith(("ForTokenClassification", "ForSequenceClassification"))
     require(not is_scorer or config.num_labels == 1, f"{path} has {config.num_labels} labels: a critic or reward model has one")
     config.num_labels, config.classifier_dropout = 1, 0.0  # the class's own default is 0.1
-    critic = loaded(AutoModelForTokenClassification.from_pretrained, path, config=config, dtype=torch.float32)
+    critic = loaded(critic_class(config).from_pretrained, path, config=config, dtype=torch.float32)
     head = value_head(critic)
     with torch.no_grad():
         if not is_scorer:
@@ -59,7 +96,25 @@ def load_critic(path, device, mean_reward=0.0):
             head.bias.fill_(mean_reward)
         elif not kind.endswith("ForTokenClassification"):
             head.bias.zero_()
+    critic.arithmetic = arithmetic(dtype, device)
     return critic.to(device).eval()
+
+
+def critic_class(config):
+    """AutoModelForTokenClassification or, for an architecture that has no such class, the same of its trunk and a linear head.
+
+    Gemma 3 and OLMo 2 are such. A critic of that kind saves and loads as any other, but only by this function.
+    """
+    if type(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+        return AutoModelForTokenClassification
+    require(
+        type(config) in MODEL_MAPPING, f"transformers has no trunk for a model of type {config.model_type}: no critic can be made of it"
+    )
+    trunk = MODEL_MAPPING[type(config)]
+    family = next(base for base in trunk.__mro__ if PreTrainedModel in base.__bases__)
+    name = family.__name__.removesuffix("PreTrainedModel") + "ForTokenClassification"
+    print(f"note: transformers has no {name}: the critic is {trunk.__name__} with a linear head")
+    return type(name, (GenericForTokenClassification, family), {"base_model_prefix": family.base_model_prefix})
 
 
 def value_head(critic):
@@ -67,20 +122,31 @@ def value_head(critic):
     return critic.score if hasattr(critic, "score") else critic.classifier
 
 
+def can_be_loaded(path):
+    """Whether it is a directory, or may be a name on the hub."""
+    return Path(path).is_dir() or HUB_NAME.fullmatch(str(path)) is not None
+
+
 def loaded(from_pretrained, path, **options):
-    """`from_pretrained(path)` with BadInput in place of a page of traceback."""
-    require(Path(path).is_dir(), f"no model directory at {path}")
+    """`from_pretrained(path)` of a directory or a name on the hub, with BadInput in place of a page of traceback."""
+    require(can_be_loaded(path), f"no model directory at {path}, and no name on the hub (OWNER/NAME)")
     transformers.logging.set_verbosity_error()  # a new head is meant to be missing from the file: no report of it
     transformers.logging.disable_progress_bar()
     try:
         return from_pretrained(path, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"cannot load {path}: {str(error).splitlines()[0]}") from None
+        kind = "" if Path(path).is_dir() else " (no such directory here; tried as a name on the hub)"
+        raise BadInput(f"cannot load {path}{kind}: {str(error).strip().splitlines()[0]}") from None
 
 
-def autocast(device):
-    """bf16 arithmetic over float32 weights on CUDA; plain float32 on the CPU."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+def arithmetic(dtype, device):
+    """torch.dtype of the arithmetic for --dtype: auto is bfloat16 on CUDA, float32 elsewhere."""
+    return torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda") else torch.float32
+
+
+def autocast(network):
+    """The network's arithmetic over its float32 weights."""
+    return torch.autocast(network.device.type, torch.bfloat16, enabled=network.arithmetic == torch.bfloat16)
 
 
 @torch.no_grad()
@@ -119,7 +185,7 @@ def response_hidden(trunk, rows, shift=0):
 
 def policy_logprobs(policy, rows, temperature, kernel=logprobs.chunk_logprobs):
     """(logp_BT, entropy_BT) of the response tokens under the policy, float32."""
-    with autocast(policy.device):
+    with autocast(policy):
         hidden_BTD = response_hidden(policy.base_model, rows)
         head = policy.get_output_embeddings()
         return logprobs.token_logprobs(
@@ -130,7 +196,7 @@ def policy_logprobs(policy, rows, temperature, kernel=logprobs.chunk_logprobs):
 
 def critic_values(critic, rows, shift=0):
     """value_BT: V of the state before each response token, float32 (`shift=1`: after it, where a reward model scores)."""
-    with autocast(critic.device):
+    with autocast(critic):
         hidden_BTD = response_hidden(critic.base_model, rows, shift)
     return value_head(critic)(hidden_BTD.float())[..., 0]
 

@@ -1,4 +1,4 @@
-"""Sampling many answers to many prompts, judging them, and evaluation.
+"""Sampling many answers to many prompts, and judging them.
 
 A batch of answers is a dict of columns, "rows", that is cut and shuffled like any table:
 
@@ -11,15 +11,20 @@ B = P·G rows for P prompts with G samples each, the samples of one prompt side 
 T response tokens; R rows still being sampled; V vocabulary.
 """
 
+from functools import partial
+
 import torch
 from tqdm import tqdm
+from transformers import TopPLogitsWarper
 
 from dapo import mixed_groups
 from gae import explained_variance
+from math_verifier import MathVerifier
 from model import autocast, critic_values
-from run import BadInput, seeded_generator
+from run import BadInput
 from verifier import verify
 
+END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>")
 COMPACT_BELOW = 0.75  # finished rows are dropped from the cache when less than this share of its rows is alive
 
 
@@ -32,11 +37,11 @@ def next_problems(problems, count, order):
 
 
 @torch.no_grad()
-def sample(policy, tokenizer, problems, samples, max_tokens, temperature, generator, sample_rows=256, progress=None):
+def sample(policy, tokenizer, problems, samples, max_tokens, temperature, generator, sample_rows=256, progress=None, top_p=1.0):
     """`samples` answers to each problem from the policy, π(·|s)^(1/temperature) token by token; temperature 0 is greedy.
 
-    Each prompt is read once and its cache repeated for its samples. No truncation of the distribution (top-p = 1), so
-    the log-probs are those of training.
+    Each prompt is read once and its cache repeated for its samples. In training nothing of the distribution is cut off
+    (top-p = 1), so the log-probs are those of the update; below 1, the least likely tokens of together at most 1 − top_p are.
 
     Args: problems, dicts with "prompt" (token ids), or pairs of an index and such a dict; max_tokens, the longest response;
         generator, a torch.Generator on the policy's device; sample_rows, answers side by side; progress, a tqdm label.
@@ -48,14 +53,14 @@ def sample(policy, tokenizer, problems, samples, max_tokens, temperature, genera
     bar = tqdm(total=len(problems) * samples, desc=progress, unit="answer", disable=progress is None, leave=False)
     for start in range(0, len(problems), prompts_at_once):
         prompts = [problem["prompt"] for problem in problems[start : start + prompts_at_once]]
-        part = sample_together(policy, prompts, samples, max_tokens, temperature, generator, eos_N, bar)
+        part = sample_together(policy, prompts, samples, max_tokens, temperature, generator, eos_N, bar, top_p)
         part["problem_B"] += start
         parts.append(part)
     bar.close()
     return concatenate(parts)
 
 
-def sample_together(policy, prompts, samples, max_tokens, temperature, generator, eos_N, bar):
+def sample_together(policy, prompts, samples, max_tokens, temperature, generator, eos_N, bar, top_p=1.0):
     """One batch of prompts, left-padded so that all of them end, and go on, in the same column; rows as `sample` has them."""
     device, count = policy.device, len(prompts)
     prompt_length_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -66,7 +71,7 @@ def sample_together(policy, prompts, samples, max_tokens, temperature, generator
     mask_RL = torch.arange(width, device=device) >= width - prompt_length_P[:, None]
     position_RL = (mask_RL.cumsum(dim=1) - 1).clamp(min=0)
 
-    with autocast(device):
+    with autocast(policy):
         output = policy(input_ids=prompt_PL, attention_mask=mask_RL.long(), position_ids=position_RL, use_cache=True, logits_to_keep=1)
     cache = output.past_key_values
     cache.batch_repeat_interleave(samples)
@@ -83,7 +88,7 @@ def sample_together(policy, prompts, samples, max_tokens, temperature, generator
     alive_R = torch.ones(rows, dtype=torch.bool, device=device)
     alive = rows
     for t in range(max_tokens):
-        token_R, logp_R = draw(logit_RV, temperature, generator)
+        token_R, logp_R = draw(logit_RV, temperature, generator, top_p)
         token_BT[row_R, t] = torch.where(alive_R, token_R, 0)
         logp_BT[row_R, t] = torch.where(alive_R, logp_R, 0.0)
         ends_R = alive_R & torch.isin(token_R, eos_N)
@@ -101,7 +106,7 @@ def sample_together(policy, prompts, samples, max_tokens, temperature, generator
             token_R, row_R, mask_RL, position_R = token_R[keep], row_R[keep], mask_RL[keep], position_R[keep]
             alive_R = alive_R[keep]
         mask_RL = torch.cat([mask_RL, torch.ones_like(mask_RL[:, :1])], dim=1)
-        with autocast(device):
+        with autocast(policy):
             output = policy(
                 input_ids=token_R[:, None], attention_mask=mask_RL, position_ids=position_R[:, None],
                 past_key_values=cache, use_cache=True,
@@ -121,9 +126,12 @@ def sample_together(policy, prompts, samples, max_tokens, temperature, generator
     }
 
 
-def draw(logit_RV, temperature, generator):
-    """One token a row and its log-prob at that temperature; the most likely one at temperature 0."""
-    logp_RV = torch.log_softmax(logit_RV.float() / (temperature or 1.0), dim=-1)
+def draw(logit_RV, temperature, generator, top_p=1.0):
+    """One token a row and its log-prob at that temperature and top-p; the most likely one at temperature 0."""
+    logit_RV = logit_RV.float() / (temperature or 1.0)
+    if top_p < 1:
+        logit_RV = TopPLogitsWarper(top_p)(None, logit_RV)
+    logp_RV = torch.log_softmax(logit_RV, dim=-1)
     if temperature == 0:
         token_R = logp_RV.argmax(dim=-1)
     else:
@@ -139,10 +147,12 @@ def push_left(token_BL, offset_B):
 
 
 def eos_ids(policy, tokenizer):
-    """All token ids that end an answer: the tokenizer's EOS and those of the model's generation config."""
+    """All token ids that end an answer: the tokenizer's EOS, those of the model's generation config, and the special tokens
+    that end a turn in the chat formats in use, which neither of the two may list."""
     listed = policy.generation_config.eos_token_id
     listed = listed if isinstance(listed, (list, tuple)) else [listed]
-    return sorted({tokenizer.eos_token_id, *(i for i in listed if i is not None)})
+    turns = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special and token.content in END_OF_TURN]
+    return sorted({tokenizer.eos_token_id, *(i for i in listed if i is not None), *turns})
 
 
 def texts(rows, tokenizer):
@@ -151,11 +161,17 @@ def texts(rows, tokenizer):
     return [tokenizer.decode(token_L[start : start + length], skip_special_tokens=True) for token_L, start, length in columns]
 
 
-def judge(rows, tokenizer, problems, reward_correct=1.0, reward_wrong=0.0):
+def verifier_of(settings):
+    """verify(text, answer) → bool, as --verifier and --bare_number say."""
+    return partial(MathVerifier() if settings.verifier == "math_verify" else verify, bare_number=settings.bare_number)
+
+
+def judge(rows, tokenizer, problems, verify=verify, reward_correct=1.0, reward_wrong=0.0):
     """Adds correct_B, the verifier's verdict, and reward_B, what is optimised; returns the rows. A truncated answer is
-    terminal, and scored by what it says so far."""
+    terminal, and wrong: its last words may be half of a number."""
     answers = [problems[i]["answer"] for i in rows["problem_B"].tolist()]
-    verdicts = [verify(text, answer) for text, answer in zip(texts(rows, tokenizer), answers)]
+    said = zip(texts(rows, tokenizer), answers, rows["stop_B"].tolist())
+    verdicts = [whole and verify(text, answer) for text, answer, whole in said]
     rows["correct_B"] = torch.tensor(verdicts, device=rows["length_B"].device)
     rows["reward_B"] = torch.where(rows["correct_B"], reward_correct, reward_wrong)
     return rows
@@ -228,26 +244,6 @@ def micro_batches(rows, size):
     """Yields index tensors of at most `size` rows of like length, so that little is padded; every row is in one."""
     order_B = (rows["prompt_length_B"] + rows["length_B"]).sort(stable=True).indices
     yield from order_B.split(size)
-
-
-def evaluate(policy, tokenizer, problems, samples, settings, seed, progress=None):
-    """Accuracy on problems: avg@samples at the training temperature, and greedy.
-
-    Returns: (metrics, rows): accuracy (mean over all samples), greedy_accuracy, length (mean response tokens),
-        truncated (share cut at the limit), and the judged sampled rows.
-    """
-    source = seeded_generator(seed, "evaluation", policy.device)
-    common = {"max_tokens": settings.response_length, "generator": source, "sample_rows": settings.sample_rows}
-    rows = sample(policy, tokenizer, problems, samples, temperature=settings.temperature, progress=progress, **common)
-    greedy = sample(policy, tokenizer, problems, 1, temperature=0.0, progress=progress and progress + " (greedy)", **common)
-    judge(rows, tokenizer, problems)
-    judge(greedy, tokenizer, problems)
-    return {
-        "accuracy": rows["correct_B"].float().mean().item(),
-        "greedy_accuracy": greedy["correct_B"].float().mean().item(),
-        "length": rows["length_B"].float().mean().item(),
-        "truncated": 1.0 - rows["stop_B"].float().mean().item(),
-    }, rows
 
 
 def rollout_metrics(rows):

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers
@@ -48,13 +49,16 @@ def flag(default, help, **metadata):
 class RunSettings:
     """What every run on problems has: the model, the data, where it runs, how it samples."""
 
-    model: str = flag("", "causal language model: a Hugging Face directory; empty: the embedded world (toy.py)")
+    model: str = flag(
+        "", "causal language model: a directory or hub name that AutoModelForCausalLM loads; empty: the embedded world (toy.py)"
+    )
     train: str = flag(
         "", "training problems: a .jsonl, .json, .csv or .parquet file, or OWNER/NAME:CONFIG@SPLIT of the hub (see problems.py)"
     )
     world: str = flag("", "directory of the embedded world that model and problems come from; its truth is then reported")
     seed: int = flag(0, "seed of the data order, the sampling and the mini-batches")
     device: str = flag("auto", "auto (cuda if there is one), cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "dtype of the arithmetic; weights stay float32; auto: bfloat16 on cuda")
     compile: bool = flag(None, "torch.compile the loss and log-probability kernels; default: only on cuda")
     prompt_template: str = flag(
         "Solve the following math problem step by step. The last line of your response should be of the form "
@@ -65,20 +69,24 @@ class RunSettings:
     chat_template: bool = flag(True, "put prompts into the model's own chat format, where its tokenizer has one")
     prompt_length: int = flag(1024, "most tokens of a prompt; a longer one is refused")
     drop_long_prompts: bool = flag(False, "leave out problems whose prompt is too long, with a warning, instead")
-    response_length: int = flag(1024, "most tokens of an answer; a longer one is cut there and scored as it stands")
+    response_length: int = flag(1024, "most tokens of an answer; a longer one is cut there, and wrong")
     temperature: float = flag(1.0, "sampling temperature, in the sampler and in the training log-probs alike")
+    verifier: Literal["exact", "math_verify"] = flag(
+        "exact", "exact: verifier.py; math_verify: general LaTeX too (pip install math-verify)"
+    )
+    bare_number: bool = flag(False, "an answer that states none in the forms of verifier.py is its last number")
     reward_correct: float = flag(1.0, "reward of a correct answer")
     reward_wrong: float = flag(0.0, "reward of a wrong answer")
     sample_rows: int = flag(256, "answers that are sampled side by side")
     micro_batch: int = flag(16, "answers in one forward and backward pass; changes memory and speed, never a gradient")
 
-    def check(self):
-        """Checks ranges and that files exist. Raises: BadInput."""
+    def check(self, needs_train=True):
+        """Checks ranges, and that there is what no default can stand for. Raises: BadInput."""
         for name in ("prompt_length", "response_length", "sample_rows", "micro_batch"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
         require(self.temperature > 0, "--temperature must be positive")
         require("{problem}" in self.prompt_template, "--prompt_template must contain {problem}")
-        require(bool(self.train), 'give --train FILE: say, a JSONL of {"problem": ..., "answer": ...}')
+        require(bool(self.train) or not needs_train, 'give --train FILE: say, a JSONL of {"problem": ..., "answer": ...}')
         pick_device(self.device)
 
 

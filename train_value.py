@@ -92,7 +92,9 @@ def sampled_answers(settings, out, policy, tokenizer, problems):
     """Judged rows from the frozen policy; stored, so that a second run on them samples nothing."""
     path = Path(settings.reuse_answers or out / "answers.pt")
     # What the answers depend on: those of another policy, file, temperature … must not be used in silence.
-    names = ["prompt_template", "chat_template", "response_length", "temperature", "reward_correct", "reward_wrong"]
+    names = [
+        "prompt_template", "chat_template", "response_length", "temperature", "verifier", "bare_number", "reward_correct", "reward_wrong",
+    ]  # fmt: skip
     names += [] if settings.reuse_answers else ["seed", "answers", "samples"]
     source = {name: getattr(settings, name) for name in names} | {"policy or problems": fingerprint(policy, problems)}
     if path.exists():
@@ -106,11 +108,11 @@ def sampled_answers(settings, out, policy, tokenizer, problems):
     passes = -(-groups // len(problems))  # a short file is asked several times
     chosen = torch.cat([torch.randperm(len(problems), generator=order) for _ in range(passes)])[:groups]
     rows = rollout.sample(
-        policy, tokenizer, [problems[i] for i in chosen.tolist()], settings.samples, settings.response_length, settings.temperature,
+        model.sampling_copy(policy), tokenizer, [problems[i] for i in chosen.tolist()], settings.samples, settings.response_length, settings.temperature,
         seeded_generator(settings.seed, "pretraining answers", policy.device), settings.sample_rows, progress="value: sampling",
     )  # fmt: skip
     rows["problem_B"] = chosen.to(policy.device)[rows["problem_B"]]
-    rollout.judge(rows, tokenizer, problems, settings.reward_correct, settings.reward_wrong)
+    rollout.judge(rows, tokenizer, problems, rollout.verifier_of(settings), settings.reward_correct, settings.reward_wrong)
     checkpoint.write(path, {"source": source, "rows": rows})
     return rows
 
@@ -243,7 +245,7 @@ def main(argv=None):
     require(not (out / "critic").exists(), f"{out} holds a critic already: give another --out")
     tokenizer = model.load_tokenizer(settings.model)
     problems = problem_files.prompted_problems(settings.train, tokenizer, settings)
-    policy = model.load_policy(settings.model, device)
+    policy = model.load_policy(settings.model, device, settings.dtype)
     rows = sampled_answers(settings, out, policy, tokenizer, problems)
     fit_rows, held_out_rows = split_by_problem(rows, settings.held_out, settings.seed)
     known = {}
@@ -258,7 +260,7 @@ def main(argv=None):
         drops = truth.step_drops(settings.world, problems, tokenizer, held_out_rows, value_BT)
         return known | {"slip_auc": truth.auc(*drops)}
 
-    critic = model.load_critic(settings.init or settings.model, device, mean_reward=fit_rows["reward_B"].mean().item())
+    critic = model.load_critic(settings.init or settings.model, device, fit_rows["reward_B"].mean().item(), settings.dtype)
     log = Log(out)
     write_json(out / "config.json", {"settings": to_argv(settings), "on": describe(device)})
     metrics, step = fit(settings, critic, fit_rows, held_out_rows, score, log)

@@ -4,6 +4,7 @@
     python train_vapo.py --model DIR --train FILE --test FILE        # any causal LM, any JSONL of problems
     python train_vapo.py --no_length_adaptive_gae                    # without one of the seven pieces
     python train_vapo.py --preset ppo                                # or vc_ppo, grpo, dapo: the rivals, as settings of it
+    python train_vapo.py --eval_only --model DIR --test FILE --samples 32 --eval_top_p 0.7     # avg@k, pass@k, maj@k
     python train_vapo.py --resume runs/NAME                          # go on from the last checkpoint
 
 PPO with seven changes, each with a flag, and each in its place here or in ppo.py:
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 import checkpoint
 import dapo
+import evaluate
 import logprobs
 import losses
 import model
@@ -114,21 +116,25 @@ class Settings(RunSettings):
     pretrain_decay: bool = flag(False, "value pretraining: let the learning rate fall linearly to 0")
     pretrain_steps: int = flag(0, "value pretraining: most optimiser steps (the paper: 50); 0: no limit but the passes")
 
+    eval_only: bool = flag(False, "train nothing: --samples answers to each problem of --test, the numbers, and a file with each problem's")
+    eval_temperature: float = flag(1.0, "sampling temperature of evaluations")
+    eval_top_p: float = flag(1.0, "evaluations sample from the most likely tokens of this probability (the paper: 0.7)")
     eval_every: int = flag(5, "rollouts between evaluations; 0: only before and after")
     eval_samples: int = flag(8, "samples per test problem in an evaluation")
     save_every: int = flag(5, "rollouts between checkpoints; 0: only at the end")
 
     def check(self):
-        super().check()
+        super().check(needs_train=not self.eval_only)
         for name in ("prompts", "samples", "mini_batch", "pretrain_answers", "pretrain_passes", "eval_samples", "generations"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
         for name in ("steps", "warmup", "mu", "value_clip", "eval_every", "save_every", "pretrain_steps", "pretrain_short_passes"):
             require(getattr(self, name) >= 0, f"--{name} must not be negative")
-        for name in ("lr", "critic_lr", "pretrain_lr", "max_grad_norm", "alpha", "eps_high"):
+        for name in ("lr", "critic_lr", "pretrain_lr", "max_grad_norm", "alpha", "eps_high", "eval_temperature"):
             require(getattr(self, name) > 0, f"--{name} must be positive")
         for name in ("lam_policy", "lam_critic", "overlong"):
             require(0 <= getattr(self, name) <= 1, f"--{name} must be between 0 and 1")
         require(0 < self.eps_low < 1, "--eps_low must be between 0 and 1")
+        require(0 < self.eval_top_p <= 1, "--eval_top_p is a probability: above 0, at most 1")
         if self.critic_free:  # a switch that would change nothing is refused
             for name in ("critic", "reward_model", "value_clip", "whiten"):
                 require(not getattr(self, name), f"--critic_free has no use for --{name}")
@@ -143,7 +149,7 @@ class Settings(RunSettings):
 def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems, log, state):
     """The run, from prompt to gradient. `state` is a checkpoint to go on from, or None.
 
-    Returns: (before, after), the metrics of `rollout.evaluate` on the test problems.
+    Returns: (before, after), the metrics of `evaluate.evaluate` on the test problems.
     """
     device = policy.device
     wrap = compiler(settings, device)
@@ -164,6 +170,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
         "mini_batch": seeded_generator(settings.seed, "mini-batches"),
     }
     order = {"generator": generators["order"], "queue": []}
+    sampler, verify = model.sampling_copy(policy), rollout.verifier_of(settings)
     # Piece 7, group sampling: few prompts with many samples each, or as many answers to as many prompts.
     prompts, samples = (settings.prompts, settings.samples) if settings.group_sampling else (settings.prompts * settings.samples, 1)
 
@@ -171,19 +178,19 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
         """One batch of judged answers. The verifier's verdict is the reward; DAPO punishes length beside it."""
         asked = rollout.next_problems(problems, prompts, order)
         rows = rollout.sample(
-            policy, tokenizer, [problems[i] for i in asked], samples, settings.response_length, settings.temperature,
+            sampler, tokenizer, [problems[i] for i in asked], samples, settings.response_length, settings.temperature,
             generators["sample"], settings.sample_rows, progress="sampling",
         )  # fmt: skip
         rows["problem_B"] = torch.tensor(asked, device=device)[rows["problem_B"]]
-        rollout.judge(rows, tokenizer, problems, settings.reward_correct, settings.reward_wrong)
+        rollout.judge(rows, tokenizer, problems, verify, settings.reward_correct, settings.reward_wrong)
         if cache := round(settings.overlong * settings.response_length):
             rows["reward_B"] += dapo.overlong_punishment(rows["length_B"], settings.response_length, cache)
         return rows
 
-    def evaluate(step):
+    def tested(step):
         started = time.time()
-        metrics, rows = rollout.evaluate(
-            policy, tokenizer, test_problems, settings.eval_samples, settings, settings.seed, progress=f"evaluation {step}"
+        metrics, rows, _ = evaluate.evaluate(
+            sampler, tokenizer, test_problems, settings.eval_samples, settings, verify, progress=f"evaluation {step}"
         )
         log.samples(step, rollout.describe_samples(critic, tokenizer, test_problems, rows, settings.eval_samples))
         return metrics, {f"test_{name}": value for name, value in metrics.items()} | {"seconds_eval": time.time() - started}
@@ -195,13 +202,14 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
         checkpoint.save(run_dir, saved | numbers)
 
     if state is None:
-        first, sampled, (before, numbers) = 0, 0, evaluate(0)
+        first, sampled, (before, numbers) = 0, 0, tested(0)
         after = before
         log.metrics(0, numbers)
         save(0)
     else:
         for name, learner in learners.items():
             learner.load_state_dict(state[name])
+        model.refresh(sampler, policy)
         for name, source in generators.items():
             source.set_state(state[f"{name}_generator"])
         order["queue"], first, sampled = state["queue"], state["step"], state["sampled"]
@@ -230,6 +238,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
                 learners[f"{name}_scheduler"].step()
                 learners[f"{name}_optimizer"].zero_grad()
             updates.append(metrics)
+        model.refresh(sampler, policy)
         clock.append(time.time())
 
         sampled += drawn["answers"]
@@ -247,8 +256,8 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
 
         last = step == settings.steps
         if last or (settings.eval_every and step % settings.eval_every == 0):
-            after, tested = evaluate(step)
-            numbers |= tested
+            after, measured = tested(step)
+            numbers |= measured
         log.metrics(step, numbers)
         if last or (settings.save_every and step % settings.save_every == 0):
             save(step)
@@ -294,7 +303,7 @@ def resolve(argv):
     world = [] if settings.model else [f"@{toy.build(toy.World())}/train_vapo.args"]
     preset = [f"--{name}={value}" for name, value in PRESETS[settings.preset].items()]
     settings = parse_settings(Settings, world + preset + argv, __doc__)
-    run_dir = Path(settings.out or time.strftime(f"runs/{settings.preset}-%Y%m%d-%H%M%S"))
+    run_dir = Path(settings.out or time.strftime(f"runs/{'eval' if settings.eval_only else settings.preset}-%Y%m%d-%H%M%S"))
     require(not (run_dir / "config.json").exists(), f"{run_dir} holds a run: --resume {run_dir} goes on with it, or give another --out")
     return settings, run_dir, None
 
@@ -309,32 +318,32 @@ def main(argv=None):
     device = pick_device(settings.device)
     torch.manual_seed(settings.seed)
     tokenizer = model.load_tokenizer(settings.model)
-    data = [problem_files.prompted_problems(path, tokenizer, settings) for path in (settings.train, settings.test)]
-    if twice := problem_files.repeated(data[1], data[0]):
-        print(f"warning: {twice} of the {len(data[1])} test problems are training problems too")
-    policy = model.load_policy(settings.model, device)
+    files = (settings.test,) if settings.eval_only else (settings.train, settings.test)
+    *data, test_problems = [problem_files.prompted_problems(path, tokenizer, settings) for path in files]
+    if data and (twice := problem_files.repeated(test_problems, data[0])):
+        print(f"warning: {twice} of the {len(test_problems)} test problems are training problems too")
     for path in (settings.critic, settings.reward_model):  # before any long work
-        require(path in ("", "fit") or Path(path).is_dir(), f"no model directory at {path}")
-    print(f"{settings.preset}:", ", ".join(f"{name} {value}" for name, value in describe(device).items()))
+        require(path in ("", "fit") or model.can_be_loaded(path), f"no model directory at {path}, and no name on the hub (OWNER/NAME)")
+    policy = model.load_policy(settings.model, device, settings.dtype, settings.prompt_length + settings.response_length)
+    print(
+        f"{'evaluation' if settings.eval_only else settings.preset}:",
+        ", ".join(f"{name} {value}" for name, value in describe(device).items()),
+    )
+    if settings.eval_only:
+        return evaluate.evaluate_only(settings, run_dir, policy, tokenizer, test_problems)
     if settings.mini_batch >= settings.prompts * settings.samples:
         print("warning: --mini_batch takes the whole rollout: with one update the ratio is always 1, and clipping does nothing")
     if not (run_dir / "config.json").exists():
         write_json(run_dir / "config.json", {"settings": to_argv(settings), "on": describe(device)})
-    critic = None if settings.critic_free else model.load_critic(starting_critic(settings, run_dir), device)
+    critic = None if settings.critic_free else model.load_critic(starting_critic(settings, run_dir), device, dtype=settings.dtype)
     log = Log(run_dir, after=state["step"] if state else -1)
-    before, after = train(settings, run_dir, policy, critic, tokenizer, *data, log, state)
+    before, after = train(settings, run_dir, policy, critic, tokenizer, data[0], test_problems, log, state)
     log.close()
     checkpoint.export(policy, tokenizer, run_dir / "policy")
     if critic:
         checkpoint.export(critic, tokenizer, run_dir / "critic")
 
-    names = {
-        "accuracy": f"accuracy, avg@{settings.eval_samples} at T = {settings.temperature:g}", "greedy_accuracy": "greedy accuracy",
-        "length": "mean response length (tokens)", "truncated": "share of truncated answers",
-    }  # fmt: skip
-    print(f"\n{f'{len(data[1])} test problems':36s} {'before':>8s} {'after':>8s}")
-    for name, title in names.items():
-        print(f"{title:36s} {before[name]:8.3f} {after[name]:8.3f}")
+    evaluate.print_before_and_after(before, after, len(test_problems), settings)
     print(f"\nrun directory: {run_dir}   ({time.time() - started:.0f} s)")
     return after | {f"before_{name}": value for name, value in before.items()} | {"run_dir": str(run_dir)}
 

@@ -46,6 +46,7 @@ def policy(request, tokenizer, device):
     policy = AutoModelForCausalLM.from_config(config).to(device).eval()
     policy.generation_config.eos_token_id = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list("abcdef"))]
     policy.logit_treatment = model.measure_logits(policy)
+    policy.arithmetic = model.arithmetic("auto", device)
     return policy
 
 

@@ -34,7 +34,7 @@ def test_greedy_sampling_equals_generate(policy, tokenizer, problems):
     rows = draw_answers(policy, tokenizer, problems, samples=1, temperature=0.0)
     for i, problem in enumerate(problems):
         prompt_BL = torch.tensor([problem["prompt"]], device=policy.device)
-        with model.autocast(policy.device):
+        with model.autocast(policy):
             expected_L = policy.generate(prompt_BL, attention_mask=torch.ones_like(prompt_BL), max_new_tokens=12, do_sample=False)[0]
         start, length = int(rows["prompt_length_B"][i]), int(rows["length_B"][i])
         assert start == len(problem["prompt"])
@@ -54,7 +54,7 @@ def test_a_row_that_ends_at_the_limit_and_one_that_is_cut_there(policy, tokenize
     letter, eos = tokenizer.convert_tokens_to_ids("z"), tokenizer.eos_token_id
     script = iter([[letter, letter, eos], [letter, letter], [letter, eos]])  # the third row ends at once and leaves
 
-    def scripted(logit_RV, temperature, generator):
+    def scripted(logit_RV, temperature, generator, top_p):
         token_R = torch.tensor(next(script), device=logit_RV.device)
         return token_R, torch.zeros(len(token_R), device=logit_RV.device)
 
@@ -71,15 +71,18 @@ def test_all_eos_ids_of_the_model_end_an_answer(policy, tokenizer):
     assert rollout.eos_ids(policy, tokenizer) == sorted({3, 7, tokenizer.eos_token_id})
 
 
-def test_a_truncated_answer_is_judged_by_what_it_says(policy, tokenizer, problems):
+def test_a_truncated_answer_is_never_right(policy, tokenizer, problems):
     ids = [tokenizer("k1####a")["input_ids"], tokenizer("k1k1k1k")["input_ids"]]
     rows = {
         "token_BL": torch.tensor([problems[0]["prompt"] + response + [0] * (7 - len(response)) for response in ids]),
         "prompt_length_B": torch.tensor([3, 3]), "length_B": torch.tensor([4, 7]), "stop_B": torch.tensor([False, False]),
         "problem_B": torch.tensor([0, 0]),
     }  # fmt: skip
-    rollout.judge(rows, tokenizer, problems, reward_correct=2.0, reward_wrong=-1.0)
-    assert rows["correct_B"].tolist() == [True, False] and rows["reward_B"].tolist() == [2.0, -1.0]
+    for stop_B, correct_B in (([True, True], [True, False]), ([False, True], [False, False])):
+        rows["stop_B"] = torch.tensor(stop_B)
+        rollout.judge(rows, tokenizer, problems, reward_correct=2.0, reward_wrong=-1.0)
+        assert rows["correct_B"].tolist() == correct_B
+        assert rows["reward_B"].tolist() == [2.0 if correct else -1.0 for correct in correct_B]
 
 
 def test_micro_batches_hold_every_row_once_and_taking_them_loses_no_token(policy, tokenizer, problems):
@@ -108,7 +111,7 @@ def test_logit_scale_and_cap_are_measured(tokenizer):
     assert model.measure_logits(cohere) == (pytest.approx(0.125), None)
     gemma = Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=3.0, initializer_range=0.5)).eval()
     assert model.measure_logits(gemma) == (pytest.approx(1.0, abs=1e-3), 3.0)
-    gemma.logit_treatment = model.measure_logits(gemma)
+    gemma.logit_treatment, gemma.arithmetic = model.measure_logits(gemma), torch.float32
     problems = [{"problem": "x", "answer": "x", "prompt": [3, 4, 5]}, {"problem": "y", "answer": "y", "prompt": [6]}]
     rows = draw_answers(gemma, tokenizer, problems)
     logp_BT, _ = model.policy_logprobs(gemma, rows, 1.0)

@@ -1,28 +1,59 @@
-"""verifier.py: a table of texts and verdicts."""
+"""verifier.py and math_verifier.py: tables of what is stated, what is right, and a verdict; hostile texts."""
 
+import importlib.util
+import random
 import time
+from fractions import Fraction
 
 import pytest
 
-from verifier import extract_answer, verify
+from math_verifier import MathVerifier
+from verifier import canonical, extract_answer, verify
 
+# Where an answer may stand.
 RIGHT = [
     ("Answer: 34", "34"), ("Answer: 34.", "34"), ("**Answer:** 34", "34"), ("**Answer**: 34", "34"), ("answer : 34", "34"),
+    ("The answer is: 34", "34"), ("Answer:\n34", "34"), ("**Answer:**\n\n$$34$$", "34"), ("Answer: 34\n\nI hope this helps!", "34"),
     ("Answer: 34<|im_end|>", "34"), ("Answer: \\(34\\)", "34"), ("Answer: $34$.", "34"), ("Answer: **34**", "34"),
     ("so \\boxed{34} it is", "34"), ("\\boxed{1,000}", "1000"), ("\\boxed{1{,}000}", "1000"), ("\\boxed{\\text{34}}", "34"),
-    ("Answer: \\boxed{34}.", "34"), ("#### 34", "34"), ("k1z0####z", "z"), ("<answer> 34 </answer>", "34"),
-    ("Answer: 3\nno:\nAnswer: 4", "4"), ("Answer: 14.0", "14"), ("Answer: 14", "14.0"), ("Answer: 0.5", "1/2"),
-    ("\\boxed{\\frac{1}{2}}", "0.5"), ("\\boxed{\\dfrac12}", "1/2"), ("Answer: 1 1/2", "1.5"), ("Answer: 50%", "1/2"),
-    ("Answer: 50\\%", "0.5"), ("Answer: x = 5", "5"), ("Answer: 90^\\circ", "90"), ("Answer: 5 apples", "5"), ("Answer: 60 km/h", "60"),
-    ("Answer: $1,234.50", "1234.5"), ("Answer: -\\frac{1}{2}", "-0.5"), ("Answer: \u22125", "-5"), ("Answer: +5", "5"),
-    ("\\boxed{\\left( 1, 2 \\right)}", "(1,2)"), ("\\boxed{x^{2}+1}", "x^{2} + 1"),
+    ("Answer: \\boxed{34}.", "34"), ("Answer: she has $\\boxed{34}$ left", "34"), ("Answer: 34 = \\boxed{34}", "34"), ("\\boxed{\\boxed{\\frac{1}{2}}}", "0.5"),
+    ("\\boxed{34} or, again, \\boxed{34.0}", "34"), ("#### 34", "34"), ("k1z0####z", "z"), ("#### $1,234", "1234"),
+    ("<answer> 34 </answer>", "34"), ("<answer>\n\\boxed{34}\n</answer>", "34"), ("Answer: 3\nno:\nAnswer: 4", "4"),
+    ("so \\boxed{34}.\n\n#### Why this is so\nAs 30 + 4 = 34.", "34"),
+    ("Answer: The final answer is $34$. I hope it is correct.", "34"), ("Answer: She has 34 apples left.", "34"), ("Answer: 34. That is 30 + 4.", "34"),
+    ("Answer: 25 + 9 = 34", "34"),
 ]  # fmt: skip
+# What is a number.
+RIGHT += [("Answer: " + stated, reference) for stated, reference in [
+    ("14.0", "14"), ("14", "14.0"), (".5", "1/2"), ("0.5", "\\frac{1}{2}"), ("\\frac{1}{2}", "0.5"), ("\\dfrac12", "1/2"), ("1 1/2", "1.5"),
+    ("1\\frac{1}{2}", "3/2"), ("-\\frac{3}{4}", "\\frac{-3}{4}"), ("50%", "1/2"), ("50\\%", "0.5"), ("50 percent", "1/2"), ("50%", "50"), ("50", "50\\%"),
+    ("x = 5", "5"), ("90^\\circ", "90"), ("90\u00b0", "90"), ("60^\\circ F", "60"), ("5 apples", "5"), ("60 km/h", "60"), ("15\\text{ cm}^2", "15"),
+    ("15 \\mathrm{~m}", "15"), ("15 square units", "15"), ("$1,234.50", "1234.5"), ("\\$18", "18"), ("18 \u20ac", "18"), ("\u22125", "-5"), ("- 5", "-5"), ("+5", "5"),
+    ("1.5 \\times 10^3", "1500"), ("2.5\\cdot10^{-3}", "0.0025"), ("10^{10}", "10000000000"), ("1,234,567", "1234567"),
+]]  # fmt: skip
+# What is none.
+RIGHT += [(f"\\boxed{{{stated}}}", reference) for stated, reference in [
+    ("\\left( 1, 2 \\right)", "(1,2)"), ("x^{2}+1", "x^{2} + 1"), ("1 + x^2", "x^{2}+1"), ("-q + p", "p - q"), ("\\frac{\\sqrt3}2", "\\dfrac{\\sqrt{3}}{2}"),
+    ("\\sqrt{3}/2", "\\frac{\\sqrt{3}}{2}"), ("3 \\cdot \\sqrt{13}", "3\\sqrt{13}"), ("(3,\\pi/2)", "\\left( 3, \\frac{\\pi}{2} \\right)"), ("(0.5,3)", "(1/2, 3)"),
+    ("3, 2, 1", "1,2,3"), ("\\{2,1\\}", "\\{1, 2\\}"), ("x=1 \\text{ or } x=-1", "1, -1"), ("x \\in [-2, 7]", "[-2,7]"), ("x \\le 3", "x \\leq 3"),
+    ("(-\\infty,2)\\cup(3,\\infty)", "(-\\infty, 2) \\cup (3, \\infty)"), ("\\begin{bmatrix}1\\\\2\\end{bmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"),
+    ("e^{2 x}", "e^{2x}"), ("\\log_{2}3", "\\log_2 3"), ("101_{2}", "101_2"), ("\\text{Evelyn}", "evelyn"), ("\\text{(C)}", "C"), ("(C) 34 apples", "C"),
+    ("y=3+2x", "y = 2x + 3"), ("2x + 3", "y = 2x + 3"), ("2\\pi", "2 pi"),
+]]  # fmt: skip
 WRONG = [
     ("34", "34"), ("the result is 34", "34"), ("Answer:", ""), ("Answer: ", "34"), ("", "34"), ("\\boxed{3", "3"),
-    ("\\boxed{34} and so \\boxed{3", "34"), ("<answer>34", "34"), ("Answer: 34\nAnswer: 35", "34"), ("Answer: 34 or 35", "34"),
-    ("Answer: 34, 35", "34"), ("Answer: 3 4", "34"), ("Answer: -34", "34"), ("Answer: 5x", "5"), ("Answer: 1/0", "1"),
-    ("Answer: 9**9**9**9", "1"), ("Answer: __import__('os')", "0"), ("####a", "b"), ("Answer: A", "a"), ("Answer: 1,00", "100"), ("Answer: (3 4)", "(34)"),
-    ("Answer: 3 pi", "3"), ("Answer: 5 million", "5"), ("Answer: 34 is wrong", "34"), ("Answer: 3*1/2", "3.5"), ("\\boxed{\\frac{1}{2}3}", "1/23"),
+    ("\\boxed{34} and so\n\\boxed{3", "34"), ("<answer>34", "34"), ("<answer>\\boxed{34}", "34"), ("Answer: 34\nAnswer: 35", "34"),
+    # one line, two answers
+    ("Answer: 34 or 35", "34"), ("Answer: 34, 35", "34"), ("\\boxed{34} or \\boxed{35}", "34"), ("\\boxed{34} or \\boxed{35}", "35"), ("Answer: 34 Answer: 35", "35"),
+    ("Answer: 34 \\boxed{35}", "35"), ("<answer>34</answer><answer>35</answer>", "35"),
+    # numbers
+    ("Answer: 3 4", "34"), ("Answer: -34", "34"), ("Answer: 5x", "5"), ("Answer: 1/0", "1"), ("Answer: 1,00", "100"), ("Answer: 0.50001", "0.5"),
+    ("Answer: 9**9**9**9", "1"), ("Answer: __import__('os')", "0"), ("Answer: 25 + 9", "34"), ("Answer: 2 \\cdot 17", "34"), ("Answer: 2^5", "32"),
+    ("Answer: 3 pi", "3"), ("Answer: 5 million", "5"), ("Answer: 34 is wrong", "34"), ("Answer: It is not 34", "34"), ("Answer: more than 34", "34"),
+    ("Answer: 3*1/2", "3.5"), ("\\boxed{\\frac{1}{2}3}", "1/23"), ("Answer: 0.5%", "50"), ("Answer: 5!", "5"), ("Answer: 1e999", "1"),
+    # what is none
+    ("####a", "b"), ("Answer: A", "a"), ("Answer: (3 4)", "(34)"), ("Answer: (2,1)", "(1,2)"), ("Answer: (1,2)", "[1,2]"), ("Answer: x-1", "x+1"),
+    ("Answer: b-a", "a-b"), ("Answer: x<3", "x \\le 3"), ("Answer: \\frac{1}{23}", "\\frac{12}{3}"), ("Answer: (D) C", "C"), ("Answer: Cat", "C"), ("Answer: \\sqrt{2}", "2"),
 ]  # fmt: skip
 
 
@@ -41,18 +72,90 @@ def test_only_the_end_of_a_long_text_is_read():
 
 
 def test_what_is_extracted():
-    assert extract_answer("first \\boxed{1} then \\boxed{\\frac{1}{2}} .") == "\\frac{1}{2}"
+    assert extract_answer("first \\boxed{1}\nthen \\boxed{\\frac{1}{2}} .") == "\\frac{1}{2}"
     assert extract_answer("**Answer:** 34 \nthanks") == "** 34"
-    assert extract_answer("nothing stated, 34") is None
-    assert extract_answer("Answer: **") is None
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("25 + 49 = 74.", "74"), ("It makes 1,074", "1074"), ("so 80-6 gives 74!", "74"), ("that is -3", "-3"), ("about 5\nSo: $0.50", "1/2"), ("74\n\nAnswer: 75", "75"),
+])  # fmt: skip
+def test_a_bare_number_counts_when_asked_for(text, answer):
+    assert verify(text, answer, bare_number=True)
+    assert verify(text, answer) == ("Answer" in text)
+
+
+@pytest.mark.parametrize("text, answer", [("74\n\nAnswer: 75", "74"), ("74 and \\boxed{7", "74"), ("v74", "74"), ("80-6", "-6"), ("", "0")])
+def test_a_bare_number_does_not_stand_in_for_a_statement(text, answer):
+    assert not verify(text, answer, bare_number=True)
+
+
+def test_votes_for_the_same_answer_are_counted_together():
+    assert canonical("$0.50") == canonical("\\frac{1}{2}") == Fraction(1, 2)
+    assert canonical("b + a") == canonical("a+b") != canonical("a-b")
 
 
 @pytest.mark.parametrize(
     "text",
-    ["\\boxed{" * 20_000, "Answer: " + "9" * 100_000, "Answer:" * 20_000, "<answer>" * 20_000, "{" * 100_000, "Answer: " + "1," * 90,
-     "Answer: " + "\\frac{" * 30, "Answer: " + "(" * 190, "answer" + " *" * 50_000, "<|" * 50_000, "Answer: 1" + " a" * 95, "\x00\ud800Answer: \ud800"],
+    ["\\boxed{" * 3_000, "Answer: " + "9" * 100_000, "Answer:" * 20_000, "<answer>" * 20_000, "{" * 100_000, "Answer: " + "1," * 90,
+     "Answer: " + "\\frac{" * 30, "Answer: " + "(" * 190, "answer" + " *" * 50_000, "<|" * 50_000, "Answer: 1" + " a" * 95, "\x00\ud800Answer: \ud800",
+     "####1 a" * 20_000, "Answer: " + "\\text{" * 50 + "}" * 50, "Answer: " + "x^{" * 60 + "}" * 60, "Answer: " + "a" * 280 + "!", "\\boxed{1}" * 10_000],
 )  # fmt: skip
 def test_hostile_texts_are_wrong_and_quick(text):
     started = time.perf_counter()
     assert not verify(text, "1")
     assert time.perf_counter() - started < 0.2  # a few ms when nothing else runs
+
+
+def test_random_texts_get_a_verdict():
+    """Pieces of statements in any order, cut anywhere: never an exception, whatever is asked for."""
+    pieces = [piece for text, answer in RIGHT + WRONG for piece in (text, answer)]
+    pieces += list("{}()[]^_,=+-*/%$\\\n \x00\u2329\u3008\ud800\u0663\u00b2") + [
+        "1e9",
+        "10^",
+        "\\frac",
+        "\\sqrt",
+        "9" * 50,
+        "\\text{",
+        "<answer>",
+    ]
+    rng = random.Random(0)
+    for _ in range(3_000):
+        text = "".join(rng.choices(pieces, k=rng.choice((1, 3, 10, 100))))[: rng.choice((5, 50, 5_000))]
+        assert verify(text, rng.choice(pieces), bare_number=rng.random() < 0.5) in (True, False)
+
+
+needs_math_verify = pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed")
+
+
+@pytest.fixture(scope="module")
+def math_verify():
+    verifier = MathVerifier(seconds=3)
+    yield verifier
+    verifier.close()
+
+
+@needs_math_verify
+@pytest.mark.parametrize("stated, reference, right", [
+    ("2\\sqrt{2}", "\\sqrt{8}", True), ("\\frac{\\pi}{3}", "\\frac{1}{3}\\pi", True), ("(x-1)(x+1)", "x^2-1", True), ("\\sqrt{16}", "4", True),
+    ("34", "34", True), ("\\text{Evelyn}", "Evelyn", True), ("\\sqrt{3}", "\\sqrt{8}", False), ("(x-1)^2", "x^2-1", False), ("25+49", "74", False), ("0.3333333", "1/3", False),
+])  # fmt: skip
+def test_math_verify(math_verify, stated, reference, right):
+    assert math_verify(f"so \\boxed{{{stated}}}", reference) == right
+    assert not math_verify(f"so {stated}", reference)  # no statement
+
+
+@needs_math_verify
+def test_math_verify_outlives_what_takes_too_long(math_verify):
+    started = time.time()
+    assert not math_verify("\\boxed{10^{10^{9}}}", "\\pi")
+    assert time.time() - started < 60  # 3 s when nothing else runs
+    assert math_verify.child is None  # killed
+    assert math_verify("\\boxed{2\\sqrt{2}}", "\\sqrt{8}")  # and another one answers
+
+
+@needs_math_verify
+def test_math_verify_is_bounded_in_memory():
+    """sqrt(3) is refused where the child may hardly have more memory than it started with, not the run killed."""
+    verifier = MathVerifier(megabytes=1)
+    assert not verifier("\\boxed{2\\sqrt{2}}", "\\sqrt{8}")
+    verifier.close()
