@@ -146,6 +146,28 @@ def draw_bars(summary, titles, paper, path):
     save(figure, path)
 
 
+def draw_pieces(runs, titles, path):
+    """Every piece from both ends: VAPO without it, PPO with it; a small dot a seed, a large one their mean."""
+    pieces = [row.removeprefix("ppo_with_") for row in runs if row.startswith("ppo_with_")][::-1]
+    figure, axis = subplots(1, 1, figsize=(8.5, 0.45 * len(pieces) + 1.4))
+    for color, end, name, label in (("C0", "vapo", "no_{}", "VAPO without it"), ("C1", "ppo", "ppo_with_{}", "PPO with it alone")):
+        for y, row in [(None, end), *((y, name.format(piece)) for y, piece in enumerate(pieces))]:
+            finals = [[line["test_accuracy"] for line in lines if "test_accuracy" in line][-1] for lines in runs.get(row, {}).values()]
+            if not finals:
+                continue
+            mean = sum(finals) / len(finals)
+            if y is None:
+                axis.axvline(mean, color=color, linestyle="--", linewidth=1, label=titles[end])
+                continue
+            shift = 0.12 if end == "vapo" else -0.12
+            axis.scatter(finals, [y + shift] * len(finals), s=10, color=color, alpha=0.5)
+            axis.scatter([mean], [y + shift], s=50, color=color, label=label if y == 0 else None)
+    axis.set_yticks(range(len(pieces)), [titles[f"ppo_with_{piece}"].removeprefix("PPO with ") for piece in pieces])
+    axis.set_xlim(-0.02, 1)
+    finish(axis, "held-out accuracy with one piece taken from VAPO, or given to PPO", "accuracy")
+    save(figure, path)
+
+
 def draw_bias(lines, path):
     """VC-PPO's bias figure, from bias.py's lines."""
     figure, axes = subplots(1, 2, figsize=(11, 3.8))
@@ -251,6 +273,14 @@ def ablation_figures(runs, summary, titles, paper, alpha, out):
         figure("critics.png", "The critic through RL, beside what any critic could know.", draw_critics, runs, titles)
     if len(set(paper) & set(summary)) > 1:
         figure("ablation.png", "Each bar left is the paper's, right ours; sorted by the paper's.", draw_bars, summary, titles, paper)
+    if any(row.startswith("ppo_with_") for row in runs):
+        figure(
+            "pieces.png",
+            "What one piece does alone, and what the others cannot make up for: its distance from each dashed line.",
+            draw_pieces,
+            runs,
+            titles,
+        )
     if positions := lines_of(out / "positions.jsonl"):
         figure(
             "bias.png",

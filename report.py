@@ -14,26 +14,8 @@ import plot
 
 # Student's t, 97.5% quantile for 1, 2, 3 … degrees of freedom
 T975 = [
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-    2.120,
-    2.110,
-    2.101,
-    2.093,
-]
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093,
+]  # fmt: skip
 
 
 def mean_interval(numbers):
@@ -144,6 +126,8 @@ def findings(runs, summary, value, paper):
     surely = [row for row in below if summary[row]["difference"] + summary[row]["difference_half"] < 0]
     if pieces:
         lines.append(f"Without one piece, below VAPO: {len(below)} of {len(pieces)} rows; the 95% interval excludes 0: {len(surely)}.")
+        above = [row for row in pieces if summary[row]["difference"] - summary[row]["difference_half"] > 0]
+        lines[-1] += f" Above VAPO with an interval that excludes 0: {len(above)}."
     shared = [row for row in paper if row in summary]
     if len(shared) > 2:
         rho = rank_correlation([paper[row] for row in shared], [summary[row]["accuracy"] for row in shared])

@@ -187,7 +187,7 @@ def test_the_table_is_computed_from_the_files_as_by_hand(tmp_path):
     assert [summary[row]["steps_to_dapo"] for row in ("dapo", "vapo", "no_clip_higher")] == [32, 16, None]
     assert summary["dapo"]["answers"] == 1200 and summary["vapo"]["minutes"] == pytest.approx(8 * 1.5)
     lines = report.findings(runs, summary, [], ablate.PAPER)
-    assert "below VAPO: 1 of 1 rows; the 95% interval excludes 0: 0" in lines[0] and "over 3 rows: 1.00" in lines[1]
+    assert "below VAPO: 1 of 1 rows; the 95% interval excludes 0: 0. Above VAPO with an interval that excludes 0: 0." in lines[0] and "over 3 rows: 1.00" in lines[1]
     assert "0.650 (mean over seeds), comes after 32 gradient steps; VAPO reaches it after 16: 50%" in lines[2]
     assert lines[3].endswith("0.000.")
     titles = {row: title for row, (title, _) in ablate.ROWS.items()}
@@ -219,6 +219,7 @@ def test_the_sweep_the_learning_rates_and_the_critic_are_told_apart(tmp_path):
     # The last quarter of 8 rollouts is 6, 7 and 8: trained at half of 0.4, 0.6, 0.6, mean 0.2667; the other seed 0.1: together 0.183.
     assert "| ppo, lr 0.0001 | 0.183 | 2 |" in rates and "α" not in rates.partition("!")[0]
     assert "explained variance 0.300, 75% of the best possible; first-slip AUC 0.80." in text
+    assert "pieces.png" in text and (tmp_path / "pieces.png").stat().st_size > 5000
 
 
 def test_a_best_score_at_the_start_is_no_never(tmp_path):
