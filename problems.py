@@ -45,54 +45,63 @@ def load_problems(path):
 
 def rows_of(path):
     """Yields (where it stands, row) of a file or a hub data set."""
-    kind = Path(path).suffix
-    name = HUB_NAME.fullmatch(path)
-    if name and kind not in KINDS and not Path(path).exists():
-        from_hub = need_datasets(path).load_dataset
-        try:
-            rows = from_hub(name[1], name[2], split=name[3] or "train")
-        except Exception as error:  # no network, no such name, no such split: the library's own types are many
-            raise BadInput(f"cannot read {path}, which is no file, from the hub: {error}") from None
-        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
-        return
-    if kind not in KINDS and not Path(path).is_file():
-        raise BadInput(f"cannot read the problems {path}: no such file, and no hub name (OWNER/NAME:CONFIG@SPLIT)")
-    if kind == ".parquet":
-        if not Path(path).is_file():
-            raise BadInput(f"cannot read the problems {path}: no such file")
-        try:
-            rows = need_datasets(path).Dataset.from_parquet(path)
-        except BadInput:
-            raise
-        except Exception as error:  # pyarrow's and the library's own
-            raise BadInput(f"cannot read the problems {path}: {error}") from None
-        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
-        return
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read the problems {path}: {getattr(error, 'strerror', None) or error}") from None
-    if kind == ".csv":
-        reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    kind, is_file, name = Path(path).suffix, Path(path).is_file(), HUB_NAME.fullmatch(path)
+    if not is_file and (kind in KINDS or not name):
+        raise BadInput(
+            f"cannot read the problems {path}: no such file" + ("" if kind in KINDS else ", and no hub name (OWNER/NAME:CONFIG@SPLIT)")
+        )
+    if is_file and kind not in (".csv", ".json", ".parquet"):
+        yield from rows_of_jsonl(path, text_of(path))
+    elif kind == ".csv":
+        reader = csv.DictReader(text_of(path).splitlines(keepends=True), strict=True)
         try:
             yield from ((f"{path}, line {reader.line_num}", row) for row in reader)
         except csv.Error as error:
             raise BadInput(f"{path}, line {reader.line_num}: not CSV ({error})") from None
-    elif kind == ".json":
-        try:
-            rows = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"{path}: not JSON ({error})") from None
-        if not isinstance(rows, list):
-            raise BadInput(f"{path}: wants a list of problems")
-        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
     else:
-        for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: it cuts at U+2028 and others too
-            if line.strip():
-                try:
-                    yield f"{path}, line {number}", json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise BadInput(f"{path}, line {number}: not JSON ({error})") from None
+        rows = rows_of_json(path, text_of(path)) if kind == ".json" else rows_by_datasets(path, is_file, name)
+        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def text_of(path):
+    """A text file. Raises: BadInput."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read the problems {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def rows_of_jsonl(path, text):
+    """Yields (where, row) of its lines that are not blank. Raises: BadInput."""
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: it cuts at U+2028 and others too
+        if line.strip():
+            try:
+                yield f"{path}, line {number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise BadInput(f"{path}, line {number}: not JSON ({error})") from None
+
+
+def rows_of_json(path, text):
+    """The list that a JSON file holds. Raises: BadInput."""
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: not JSON ({error})") from None
+    if not isinstance(rows, list):
+        raise BadInput(f"{path}: wants a list of problems")
+    return rows
+
+
+def rows_by_datasets(path, is_file, name):
+    """The rows of a parquet file or, by its matched `name`, of a hub data set. Raises: BadInput."""
+    datasets = need_datasets(path)
+    try:
+        if is_file:
+            return datasets.Dataset.from_parquet(path)
+        return datasets.load_dataset(name[1], name[2], split=name[3] or "train")
+    except Exception as error:  # no network, no such name, no such split, no parquet: the libraries' own types are many
+        where = "" if is_file else ", which is no file, from the hub"
+        raise BadInput(f"cannot read the problems {path}{where}: {error}") from None
 
 
 def need_datasets(path):

@@ -6,6 +6,7 @@ TensorBoard in tb/, samples.jsonl (a few answers an evaluation), checkpoint/ (to
 
 import argparse
 import functools
+import importlib.util
 import json
 import math
 import platform
@@ -84,6 +85,8 @@ class RunSettings:
         """Checks ranges, and that there is what no default can stand for. Raises: BadInput."""
         for name in ("prompt_length", "response_length", "sample_rows", "micro_batch"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
+        installed = self.verifier != "math_verify" or importlib.util.find_spec("math_verify")
+        require(bool(installed), "--verifier math_verify needs the package math-verify: pip install math-verify")
         require(self.temperature > 0, "--temperature must be positive")
         require("{problem}" in self.prompt_template, "--prompt_template must contain {problem}")
         require(bool(self.train) or not needs_train, 'give --train FILE: say, a JSONL of {"problem": ..., "answer": ...}')

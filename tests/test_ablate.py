@@ -187,7 +187,10 @@ def test_the_table_is_computed_from_the_files_as_by_hand(tmp_path):
     assert [summary[row]["steps_to_dapo"] for row in ("dapo", "vapo", "no_clip_higher")] == [32, 16, None]
     assert summary["dapo"]["answers"] == 1200 and summary["vapo"]["minutes"] == pytest.approx(8 * 1.5)
     lines = report.findings(runs, summary, [], ablate.PAPER)
-    assert "below VAPO: 1 of 1 rows; the 95% interval excludes 0: 0. Above VAPO with an interval that excludes 0: 0." in lines[0] and "over 3 rows: 1.00" in lines[1]
+    assert (
+        "below VAPO: 1 of 1 rows; the 95% interval excludes 0: 0. Above VAPO with an interval that excludes 0: 0." in lines[0]
+        and "over 3 rows: 1.00" in lines[1]
+    )
     assert "0.650 (mean over seeds), comes after 32 gradient steps; VAPO reaches it after 16: 50%" in lines[2]
     assert lines[3].endswith("0.000.")
     titles = {row: title for row, (title, _) in ablate.ROWS.items()}

@@ -39,6 +39,11 @@ def fails_with(capsys, main, argv, *fragments):
         (["--critic=nowhere"], "no model directory at nowhere"),
         (["--reward_model=nowhere"], "no model directory at nowhere"),
         (["--preset=trpo"], "trpo"),
+        (["--verifier=sympy"], "sympy"),
+        (["--dtype=float16"], "float16"),
+        (["--eval_temperature=0"], "--eval_temperature must be positive"),
+        (["--eval_top_p=0"], "--eval_top_p is a probability"),
+        (["--eval_only", "--test="], "--test FILE"),
         (["--preset=dapo", "--samples=1"], "--samples above 1"),
         (["--dynamic_sampling", "--no_group_sampling"], "--dynamic_sampling compares the answers of a group"),
         (["--preset=grpo", "--critic=nowhere"], "--critic_free has no use for --critic"),
@@ -95,6 +100,13 @@ def test_lines_end_at_newlines_only_and_huge_numbers_are_no_traceback(tmp_path):
     path.write_text('{"problem": "a", "answer": ' + "9" * 5000 + "}")
     with pytest.raises(BadInput, match="line 1: not JSON"):
         load_problems(path)
+
+
+def test_a_verifier_that_is_not_installed(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    argv = [f"@{world}/train_vapo.args", "--eval_only", "--verifier=math_verify", f"--out={tmp_path}/run"]
+    fails_with(capsys, train_vapo.main, argv, "pip install math-verify")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_empty_file_and_a_binary_one(world, tmp_path, capsys):
