@@ -36,7 +36,7 @@ UNIT = re.compile(
     re.IGNORECASE,
 )
 TEXT_UNIT = re.compile(
-    rf"(?<=\d)(?:\s|\\[,; ]|~)*\\(?:text|mathrm|mbox)\s?\{{[\s~]*(?!(?:{NO_UNIT})\b)[A-Za-z][A-Za-z ./]*\}}(?:\^\s?\{{?\d\}}?)?$"
+    rf"(?<=[\d)}}i])(?:\s|\\[,; ]|~)*\\(?:text|mathrm|mbox)\s?\{{[\s~]*(?!(?:{NO_UNIT})\b)[A-Za-z][A-Za-z ./]*\}}(?:\^\s?\{{?\d\}}?)?$"
 )
 THOUSANDS = re.compile(r"(?<![\d.])[+-]?\d{1,3}(?:,\d{3})+(?!\d)")
 LATEX_FRACTION = re.compile(r"\\frac\s?(?:\{([^{}]+)\}|(\d))\s?(?:\{([^{}]+)\}|(\d))")
@@ -117,13 +117,8 @@ def up_to_closing_brace(text):
 def normalise(answer):
     """A stated answer without what does not change its meaning: markdown, dollars, spacing, wrappers, a last period."""
     answer = TEXT_UNIT.sub("", answer.strip().rstrip(".$ "))
-    answer = (
-        answer.replace("{,}", ",")
-        .replace("\u2212", "-")
-        .replace("\\dfrac", "\\frac")
-        .replace("\\tfrac", "\\frac")
-        .replace("\\cfrac", "\\frac")
-    )
+    answer = re.sub(r"(?<=\d)\\[,;](?=\d{3})|\\!", "", answer)  # 10\,000 and 10,\!000
+    answer = re.sub(r"\\[dtc]frac", r"\\frac", answer.replace("{,}", ",").replace("\u2212", "-"))
     for _ in range(3):  # wrappers nest: \boxed{\text{…}}
         answer = WRAPPER.sub(r" \1", answer)
     answer = LEAD_IN.sub("", " ".join(NOISE.sub(" ", answer).split()))
@@ -174,8 +169,8 @@ def equal(stated, reference):
 
 
 def number_said(answer):
-    """The number of "34. This is because …", "34 (thirty-four)" or "She has 34 apples", as a Fraction, or None."""
-    first = re.split(r"[.;,] (?=[A-Z])| \(", answer)[0]
+    """The number of "34. This is because …", "34 (thirty-four)", "(B) 34" or "She has 34 apples", as a Fraction, or None."""
+    first = re.split(r"[.;,] (?=[A-Z])| \(", re.sub(r"^\(?[A-E]\)\s?", "", answer))[0]
     if (number := rational(first)) is not None:
         return number
     sentence = SENTENCE.fullmatch(UNIT.sub("", first))
@@ -202,7 +197,7 @@ SPELLINGS = tuple(
     )
 )  # fmt: skip
 SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")  # one between two digits separates two numbers
-NAME = re.compile(r"\s*[A-Za-z](?:_\{?\w\}?)?(?:\([A-Za-z]\))?\s*(?:=|\\in(?![a-z]))\s*")
+NAME = re.compile(r"\s*(?:[A-Za-z](?:_\{?\w\}?)?(?:\([A-Za-z]\))?|\((?:\s*[A-Za-z]\s*,?){2,4}\))\s*(?:=|\\in(?![a-z]))\s*")
 
 
 def expression(answer):
@@ -210,7 +205,7 @@ def expression(answer):
     a list and a set have no order, a tuple and an interval have."""
     for pattern, to in SPELLINGS:
         answer = pattern.sub(to, answer)
-    if re.fullmatch(r"[A-Za-z' ]{3,}", answer):
+    if re.fullmatch(r"(?=.*[A-Za-z]{3})[A-Za-z0-9' .:-]*", answer):
         return " ".join(answer.casefold().split())  # words
     answer, before = SPACE.sub("", NAME.sub("", answer, count=1) if NAME.match(answer) else answer), None
     while answer != before:  # from the innermost braces outwards; each round removes one
