@@ -23,7 +23,7 @@ TAIL = 4_000  # characters at the end of the text in which the answer must be st
 LONGEST = 300  # characters of a stated answer; a longer one is wrong
 MOST_STATED = 8  # statements in one line; a line with more is wrong
 
-STATEMENT = re.compile(r"answer(?:\s{1,3}is)?\s{0,3}\**\s{0,3}[::]|\\boxed\s{0,3}\{|\\fbox\s{0,3}\{|####|<answer>", re.IGNORECASE)
+STATEMENT = re.compile(r"answer(?:\s{1,3}is)?\s{0,3}\**\s{0,3}[:\uff1a]|\\boxed\s{0,3}\{|\\fbox\s{0,3}\{|####|<answer>", re.IGNORECASE)
 SPECIAL_TOKEN = re.compile(r"<\|[^|<>\n]{1,40}\|>|</s>|<eos>|<end_of_turn>")
 LEAD_IN = re.compile(
     r"^(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?answer is:? |\.? I hope it is correct\.?$", re.IGNORECASE

@@ -21,7 +21,7 @@ RIGHT = [
     ("<answer> 34 </answer>", "34"), ("<answer>\n\\boxed{34}\n</answer>", "34"), ("Answer: 3\nno:\nAnswer: 4", "4"),
     ("so \\boxed{34}.\n\n#### Why this is so\nAs 30 + 4 = 34.", "34"),
     ("Answer: The final answer is $34$. I hope it is correct.", "34"), ("Answer: She has 34 apples left.", "34"), ("Answer: 34. That is 30 + 4.", "34"),
-    ("Answer: 25 + 9 = 34", "34"),
+    ("Answer: 25 + 9 = 34", "34"), ("Answer\uff1a34", "34"),
 ]  # fmt: skip
 # What is a number.
 RIGHT += [("Answer: " + stated, reference) for stated, reference in [
