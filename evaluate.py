@@ -15,9 +15,10 @@ from math import comb
 from pathlib import Path
 
 import model
+from equality import canonical
 from rollout import describe_samples, judge, sample, texts, verifier_of
 from run import Log, describe, seeded_generator, to_argv, write_json
-from verifier import canonical, extract_answer
+from verifier import extract_answer
 
 
 def pass_at_k(correct, samples, k):

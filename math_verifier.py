@@ -3,7 +3,7 @@
     pip install math-verify      # optional: only for --verifier math_verify
 
 What is stated is found by verifier.extract_answer, so an answer stands in the same places under both verifiers. What
-verifier.equal accepts is right; two numbers are compared by it alone, and a sum or product of numbers is not worked out
+equality.equal accepts is right; two numbers are compared by it alone, and a sum or product of numbers is not worked out
 (or "25 + 49" would be the answer to "What is 25 + 49?"). All else is Math-Verify's (github.com/huggingface/Math-Verify)
 to decide. It simplifies with sympy what a model wrote, which can take any time and memory: so a child process does it,
 and a verdict that takes too much of either is "wrong", and costs that child its life.
@@ -15,10 +15,11 @@ import select
 import subprocess
 import sys
 
+from equality import LONGEST, normalise, rational
 from run import BadInput
-from verifier import LONGEST, equal, extract_answer, normalise, rational
+from verifier import extract_answer, verify
 
-ARITHMETIC = re.compile(r"(?:[\d\s.,+*/()^×·÷-]|\\cdot|\\times|\\div)*")
+ARITHMETIC = re.compile(r"(?:[\d\s.,+*/()^×·÷{}!-]|\\(?:cdot|times|div|[dt]?frac|left|right))*")
 
 
 class MathVerifier:
@@ -31,11 +32,11 @@ class MathVerifier:
         self.seconds, self.megabytes, self.child = seconds, megabytes, None
 
     def __call__(self, text, answer, bare_number=False):
-        stated, reference = extract_answer(text, bare_number), str(answer)
+        if verify(text, answer, bare_number):
+            return True
+        stated, reference = extract_answer(text, bare_number) if isinstance(text, str) else None, str(answer)
         if stated is None or len(reference) > LONGEST:
             return False
-        if equal(stated, reference):
-            return True
         normal, number = normalise(stated), rational(normalise(reference))
         if number is not None and (rational(normal) is not None or ARITHMETIC.fullmatch(normal)):
             return False

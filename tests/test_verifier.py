@@ -7,8 +7,9 @@ from fractions import Fraction
 
 import pytest
 
+from equality import canonical
 from math_verifier import MathVerifier
-from verifier import canonical, extract_answer, verify
+from verifier import extract_answer, verify
 
 # Where an answer may stand.
 RIGHT = [
@@ -40,6 +41,20 @@ RIGHT += [(f"\\boxed{{{stated}}}", reference) for stated, reference in [
     ("e^{2 x}", "e^{2x}"), ("\\log_{2}3", "\\log_2 3"), ("101_{2}", "101_2"), ("\\text{Evelyn}", "evelyn"), ("\\text{(C)}", "C"), ("(C) 34 apples", "C"),
     ("y=3+2x", "y = 2x + 3"), ("2x + 3", "y = 2x + 3"), ("2\\pi", "2 pi"), ("(x,y) = (1,2)", "(1, 2)"), ("5\\sqrt{2}\\text{ units}", "5\\sqrt{2}"), ("25\\pi \\text{ square inches}", "25\\pi"), ("june 20", "\\text{June 20}"),
 ]]  # fmt: skip
+# What is set equal, rounded, said in a sentence, measured.
+RIGHT += [(f"\\boxed{{{stated}}}", reference) for stated, reference in [
+    ("m+n=57", "57"), ("9 \\times 2 = 18", "18"), ("f(2)=18", "18"), ("\\angle A = 18^\\circ", "18"), ("\\theta = 18", "18"), ("x = \\frac{36}{2} = 18", "18"),
+    ("P(X=2)=\\frac12", "1/2"), ("S_{10}=18", "18"), ("AB=5\\sqrt2", "5\\sqrt{2}"), ("\\text{Area}=25\\pi", "25\\pi"), ("\\frac23 \\approx 0.67", "2/3"),
+    ("\\sqrt{51} \\approx 7.14", "\\sqrt{51}"), ("\\frac34 \\text{ or } 0.75", "0.75"), ("\\frac{540}{7}^\\circ", "540/7"), ("5 m", "5"), ("18\\text{ m}/\\text{s}", "18"),
+    ("\\text{Answer: } 18", "18"), ("{18}", "18"), ("\\left(\\frac34\\right)", "0.75"), ("(3,+\\infty)", "(3,\\infty)"), ("(3,5)\\cup(1,2)", "(1,2) \\cup (3,5)"),
+    ("\\frac59x", "\\frac{5x}{9}"), ("\\frac16\\pi", "\\frac{\\pi}{6}"), ("-\\frac{\\sqrt3}{2}", "\\frac{-\\sqrt{3}}{2}"), ("x^2/4", "\\frac{x^2}{4}"), ("1\\pm\\sqrt{19}", "1+\\sqrt{19}, 1-\\sqrt{19}"),
+    ("(x+5)(x-5)", "(x-5)(x+5)"), ("x=1, y=2", "x = 1, y = 2"), ("\\ln(2)", "\\ln 2"), ("No", "no"), ("\\text{Option C}", "C"),
+]]  # fmt: skip
+RIGHT += [("Answer: " + stated, reference) for stated, reference in [
+    ("Janet makes $18 every day at the farmers' market.", "18"), ("It took him 160 minutes to download the file.", "160"), ("540, because it is", "540"),
+    ("18cm", "18"), ("60 mph", "60"), ("\u201318", "-18"), ("C because it is", "C"),
+]]  # fmt: skip
+RIGHT += [("<answer>Answer: 18</answer>", "18"), ("<Answer>18</Answer>", "18"), ("#### 18 (eggs)", "18"), ("__Answer:__ 18", "18")]
 WRONG = [
     ("34", "34"), ("the result is 34", "34"), ("Answer:", ""), ("Answer: ", "34"), ("", "34"), ("\\boxed{3", "3"),
     ("\\boxed{34} and so\n\\boxed{3", "34"), ("<answer>34", "34"), ("<answer>\\boxed{34}", "34"), ("Answer: 34\nAnswer: 35", "34"),
@@ -51,7 +66,12 @@ WRONG = [
     ("Answer: 9**9**9**9", "1"), ("Answer: __import__('os')", "0"), ("Answer: 25 + 9", "34"), ("Answer: 2 \\cdot 17", "34"), ("Answer: 2^5", "32"),
     ("Answer: 3 pi", "3"), ("Answer: 5 million", "5"), ("Answer: 34 is wrong", "34"), ("Answer: It is not 34", "34"), ("Answer: more than 34", "34"),
     ("Answer: 3*1/2", "3.5"), ("\\boxed{\\frac{1}{2}3}", "1/23"), ("Answer: 0.5%", "50"), ("Answer: 5!", "5"), ("Answer: 1e999", "1"),
+    ("Answer: 17 = 18", "18"), ("Answer: 2x = 18", "18"), ("Answer: x+3 = 18", "18"), ("Answer: negative 18", "18"), ("Answer: minus 18", "18"), ("Answer: half of 18", "18"),
+    ("Answer: square root of 18", "18"), ("Answer: at least 18", "18"), ("Answer: 18 (or 19)", "18"), ("Answer: 18. Or 19", "18"), ("Answer: 18. Wait, 19", "18"),
+    ("Answer: 18 minus two", "18"), ("Answer: 18 tenths", "18"), ("Answer: ", "None"),
     # what is none
+    ("\\boxed{\\frac{5}{3}\\pi}", "\\frac{5}{3\\pi}"), ("\\boxed{\\frac12x}", "\\frac{1}{2x}"), ("\\boxed{x=1, y=2}", "x=2, y=1"), ("\\boxed{y=3}", "x=3"),
+    ("\\boxed{\\begin{vmatrix}1\\end{vmatrix}}", "\\begin{pmatrix}1\\end{pmatrix}"), ("Answer: A) or B", "A"), ("Answer: A. B. C.", "A"), ("\\boxed{\\text{}}", ""),
     ("####a", "b"), ("Answer: A", "a"), ("Answer: (3 4)", "(34)"), ("Answer: (2,1)", "(1,2)"), ("Answer: (1,2)", "[1,2]"), ("Answer: x-1", "x+1"),
     ("Answer: b-a", "a-b"), ("Answer: x<3", "x \\le 3"), ("Answer: \\frac{1}{23}", "\\frac{12}{3}"), ("Answer: (D) C", "C"), ("Answer: Cat", "C"), ("Answer: \\sqrt{2}", "2"),
 ]  # fmt: skip
@@ -65,6 +85,11 @@ def test_right(text, answer):
 @pytest.mark.parametrize("text, answer", WRONG)
 def test_wrong(text, answer):
     assert not verify(text, answer)
+
+
+def test_what_is_no_text_is_no_answer():
+    assert not verify(None, "1") and not verify("Answer: none", None) and not verify("Answer: 1", 10**5000)
+    assert verify("Answer: 14", 14.0) and verify("Answer: 14", 14)
 
 
 def test_only_the_end_of_a_long_text_is_read():
@@ -98,7 +123,7 @@ def test_votes_for_the_same_answer_are_counted_together():
     "text",
     ["\\boxed{" * 3_000, "Answer: " + "9" * 100_000, "Answer:" * 20_000, "<answer>" * 20_000, "{" * 100_000, "Answer: " + "1," * 90,
      "Answer: " + "\\frac{" * 30, "Answer: " + "(" * 190, "answer" + " *" * 50_000, "<|" * 50_000, "Answer: 1" + " a" * 95, "\x00\ud800Answer: \ud800",
-     "####1 a" * 20_000, "Answer: " + "\\text{" * 50 + "}" * 50, "Answer: " + "x^{" * 60 + "}" * 60, "Answer: " + "a" * 280 + "!", "\\boxed{1}" * 10_000],
+     "####1 a" * 20_000, " ".join(["\\boxed{" + "^{" * 96 + "x" + "}" * 96 + "}"] * 8), "Answer: " + "1=" * 2_000, "Answer: " + "\\text{" * 50 + "}" * 50, "Answer: " + "x^{" * 60 + "}" * 60, "Answer: " + "a" * 280 + "!", "\\boxed{1}" * 10_000],
 )  # fmt: skip
 def test_hostile_texts_are_wrong_and_quick(text):
     started = time.perf_counter()
@@ -137,7 +162,8 @@ def math_verify():
 @needs_math_verify
 @pytest.mark.parametrize("stated, reference, right", [
     ("2\\sqrt{2}", "\\sqrt{8}", True), ("\\frac{\\pi}{3}", "\\frac{1}{3}\\pi", True), ("(x-1)(x+1)", "x^2-1", True), ("\\sqrt{16}", "4", True),
-    ("34", "34", True), ("\\text{Evelyn}", "Evelyn", True), ("\\sqrt{3}", "\\sqrt{8}", False), ("(x-1)^2", "x^2-1", False), ("25+49", "74", False), ("0.3333333", "1/3", False),
+    ("34", "34", True), ("\\text{Evelyn}", "Evelyn", True), ("\\sqrt{3}", "\\sqrt{8}", False), ("(x-1)^2", "x^2-1", False), ("25+49", "74", False), ("{25}+{49}", "74", False), ("\\frac{25+49}{1}", "74", False),
+    ("0.3333333", "1/3", False),
 ])  # fmt: skip
 def test_math_verify(math_verify, stated, reference, right):
     assert math_verify(f"so \\boxed{{{stated}}}", reference) == right
