@@ -16,7 +16,6 @@ import subprocess
 import sys
 
 from equality import LONGEST, normalise, rational
-from run import BadInput
 from verifier import extract_answer, verify
 
 ARITHMETIC = re.compile(r"(?:[\d\s.,+*/()^×·÷{}!-]|\\(?:cdot|times|div|[dt]?frac|left|right))*")
@@ -49,7 +48,11 @@ class MathVerifier:
             self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
             if self.answer_within(120) != "ready":  # it imports sympy first
                 self.close()
-                raise BadInput("the process that asks Math-Verify does not start: try python -c 'import math_verify'")
+                from run import BadInput  # here: the child reads this file too, and is not to have torch in its memory
+
+                raise BadInput(
+                    f"Math-Verify does not work in {self.megabytes} MB of memory, or not at all: try python -c 'import math_verify'"
+                )
         try:
             self.child.stdin.write(json.dumps([stated, reference]).encode() + b"\n")
             self.child.stdin.flush()
@@ -91,7 +94,8 @@ def serve(megabytes):
     def read(answer):
         return math_verify.parse(f"\\boxed{{{answer}}}", boxed, fallback_mode="no_fallback", parsing_timeout=None)
 
-    print(json.dumps("ready"), flush=True)
+    works = math_verify.verify(read("\\sqrt{8}"), read("2\\sqrt{2}"), timeout_seconds=None)  # in this memory too
+    print(json.dumps("ready" if works else "broken"), flush=True)
     for line in sys.stdin:
         try:
             stated, reference = map(read, json.loads(line))

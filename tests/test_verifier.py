@@ -4,11 +4,13 @@ import importlib.util
 import random
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
 from equality import canonical
 from math_verifier import MathVerifier
+from run import BadInput
 from verifier import extract_answer, verify
 
 # Where an answer may stand.
@@ -181,7 +183,15 @@ def test_math_verify_outlives_what_takes_too_long(math_verify):
 
 @needs_math_verify
 def test_math_verify_is_bounded_in_memory():
-    """sqrt(3) is refused where the child may hardly have more memory than it started with, not the run killed."""
-    verifier = MathVerifier(megabytes=1)
-    assert not verifier("\\boxed{2\\sqrt{2}}", "\\sqrt{8}")
-    verifier.close()
+    """A child that may hardly have more memory than it started with says so; it does not call every answer wrong in silence."""
+    with pytest.raises(BadInput, match="does not work in 1 MB"):
+        MathVerifier(megabytes=1)("\\boxed{2\\sqrt{2}}", "\\sqrt{8}")
+
+
+@needs_math_verify
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
+def test_the_child_has_no_torch(math_verify):
+    """CUDA's libraries alone would be more than the memory it may have."""
+    math_verify("\\boxed{2\\sqrt{2}}", "\\sqrt{8}")
+    with open(f"/proc/{math_verify.child.pid}/maps") as maps:
+        assert "torch" not in maps.read()
