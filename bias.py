@@ -14,7 +14,7 @@ from pathlib import Path
 import checkpoint
 import gae
 import model
-import rollout
+import table
 from run import exit_on_bad_input, flag, parse_settings, pick_device, require
 from train_value import split_by_problem
 
@@ -34,7 +34,7 @@ class Settings:
 
 def by_position(rows, value_BT, lam):
     """Means over the rows that reach each position: (value_T, adv_T)."""
-    mask_BT = rollout.response_mask(rows)
+    mask_BT = table.response_mask(rows)
     reward_BT = gae.terminal_reward(rows["reward_B"], rows["length_B"], mask_BT.shape[1])
     adv_BT = gae.gae(reward_BT, value_BT, mask_BT, lam)
     count_T = mask_BT.sum(dim=0)
@@ -50,12 +50,12 @@ def main(argv=None):
     device = pick_device(settings.device)
     rows = {name: column.to(device) for name, column in checkpoint.read(settings.answers)["rows"].items()}
     _, rows = split_by_problem(rows, settings.held_out, settings.seed)
-    mask_BT = rollout.response_mask(rows)
+    mask_BT = table.response_mask(rows)
     count_T = mask_BT.sum(dim=0)
     columns = {"answers": count_T, "outcome": (rows["reward_B"][:, None] * mask_BT).sum(dim=0) / count_T}
     for name in ("before", "after"):
         critic = model.load_critic(getattr(settings, name), device)
-        value_T, adv_T = by_position(rows, rollout.values(critic, rows, 64), settings.lam)
+        value_T, adv_T = by_position(rows, table.values(critic, rows, 64), settings.lam)
         columns |= {f"value_{name}": value_T, f"advantage_{name}": adv_T}
     lines = [
         {"position": t} | {name: float(f"{column[t].item():.5g}") for name, column in columns.items()}

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import model
 from equality import canonical
-from rollout import describe_samples, judge, sample, texts, verifier_of
+from rollout import judge, sample, verifier_of
 from run import Log, describe, seeded_generator, to_argv, write_json
+from table import describe_samples, texts
 from verifier import extract_answer
 
 

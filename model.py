@@ -183,15 +183,17 @@ def response_hidden(trunk, rows, shift=0):
     return hidden_BLD.gather(1, position_BT[..., None].expand(-1, -1, hidden_BLD.shape[2]))
 
 
-def policy_logprobs(policy, rows, temperature, kernel=logprobs.chunk_logprobs):
-    """(logp_BT, entropy_BT) of the response tokens under the policy, float32."""
+def policy_logprobs(policy, rows, temperature, kernels=(logprobs.add_slice, logprobs.slice_gradient)):
+    """(logp_BT, entropy_BT) of the response tokens under the policy, float32, 0 on padding."""
     with autocast(policy):
         hidden_BTD = response_hidden(policy.base_model, rows)
         head = policy.get_output_embeddings()
-        return logprobs.token_logprobs(
-            hidden_BTD, head.weight, response_tokens(rows), getattr(head, "bias", None), temperature,
-            *policy.logit_treatment, kernel=kernel,
+        on_BT = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device) < rows["length_B"][:, None]
+        of_tokens = logprobs.token_logprobs(  # of no padding: the output matrix is most of a small model's work
+            hidden_BTD[on_BT], head.weight, response_tokens(rows)[on_BT], getattr(head, "bias", None), temperature,
+            *policy.logit_treatment, kernels=kernels,
         )  # fmt: skip
+    return tuple(torch.zeros(on_BT.shape, device=on_BT.device).masked_scatter(on_BT, column_N) for column_N in of_tokens)
 
 
 def critic_values(critic, rows, shift=0):

@@ -11,7 +11,7 @@ import dapo
 import gae
 import losses
 import model
-import rollout
+import table
 
 
 @torch.no_grad()
@@ -19,13 +19,13 @@ def old_logprobs_and_values(policy, critic, rows, settings, kernels):
     """Adds old_logp_BT, entropy_BT and, with a critic, old_value_BT, from the same code as training: the first ratio is 1."""
     for name in ("old_logp_BT", "entropy_BT"):
         rows[name] = torch.zeros_like(rows["sampled_logp_BT"])
-    for index in rollout.micro_batches(rows, 4 * settings.micro_batch):
-        part = rollout.take(rows, index)
+    for index in table.micro_batches(rows, 4 * settings.micro_batch):
+        part = table.take(rows, index)
         width = int(part["length_B"].max())
-        logp_BT, entropy_BT = model.policy_logprobs(policy, part, settings.temperature, kernels.chunk_logprobs)
+        logp_BT, entropy_BT = model.policy_logprobs(policy, part, settings.temperature, kernels.logprobs)
         rows["old_logp_BT"][index, :width], rows["entropy_BT"][index, :width] = logp_BT, entropy_BT
     if critic:
-        rows["old_value_BT"] = rollout.values(critic, rows, 4 * settings.micro_batch)
+        rows["old_value_BT"] = table.values(critic, rows, 4 * settings.micro_batch)
     return rows
 
 
@@ -34,7 +34,7 @@ def compute_advantages(rows, settings):
 
     Decoupled and length-adaptive GAE: VAPO §4.1, §4.2. Without a critic: the group-relative advantage of arXiv 2402.03300 §4.1.
     """
-    mask_BT = rollout.response_mask(rows)
+    mask_BT = table.response_mask(rows)
     if settings.critic_free:
         rows["adv_BT"] = dapo.group_advantage(rows["reward_B"], settings.samples)[:, None] * mask_BT
         return rows
@@ -58,7 +58,7 @@ def add_weights(batch, settings):
 
     policy_weight_BT, critic_weight_BT, nll_weight_BT (VAPO §4.2, §4.3): each sums to one over the whole mini-batch, so they must be made before it is split into micro-batches.
     """
-    mask_BT = rollout.response_mask(batch)
+    mask_BT = table.response_mask(batch)
     batch["policy_weight_BT"] = losses.token_weights(mask_BT, "token" if settings.token_level_loss else "sample")  # piece 4
     batch["critic_weight_BT"] = losses.token_weights(mask_BT, "token")
     batch["nll_weight_BT"] = losses.token_weights(mask_BT * batch["correct_B"][:, None], "token")  # piece 6
@@ -71,9 +71,9 @@ def backward(policy, critic, batch, settings, kernels):
     mu = settings.mu if settings.positive_nll else 0.0  # piece 6
     sums = {"policy_loss": 0.0, "nll_loss": 0.0} | ({"value_loss": 0.0} if critic else {})
     ratio_max, ratio_sums = 0.0, {"clip_low": 0.0, "clip_high": 0.0, "approx_kl": 0.0}
-    for index in rollout.micro_batches(batch, settings.micro_batch):
-        micro = rollout.take(batch, index)
-        mask_BT = rollout.response_mask(micro)
+    for index in table.micro_batches(batch, settings.micro_batch):
+        micro = table.take(batch, index)
+        mask_BT = table.response_mask(micro)
 
         if critic:
             value_BT = model.critic_values(critic, micro)
@@ -83,7 +83,7 @@ def backward(policy, critic, batch, settings, kernels):
             value_loss.backward()
             sums["value_loss"] += value_loss.item()
 
-        logp_BT, _ = model.policy_logprobs(policy, micro, settings.temperature, kernels.chunk_logprobs)
+        logp_BT, _ = model.policy_logprobs(policy, micro, settings.temperature, kernels.logprobs)
         policy_loss_BT = kernels.policy_loss(logp_BT, micro["old_logp_BT"], micro["adv_BT"], settings.eps_low, eps_high)
         policy_loss = (policy_loss_BT * micro["policy_weight_BT"]).sum()
         nll_loss = (losses.nll_loss(logp_BT) * micro["nll_weight_BT"]).sum()

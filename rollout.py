@@ -1,31 +1,35 @@
 """Sampling many answers to many prompts, and judging them.
 
-A batch of answers is a dict of columns, "rows", that is cut and shuffled like any table:
+`sample` writes a batch of answers as a table of rows (table.py): two engines, the same distribution.
+slots: a fixed number of slots, one answer each. Prompts are read once and their cache copied for the samples; an answer that
+    ends leaves its slot to one that waits, so short answers never wait for long ones. All slots write at one common column,
+    `now`: a row that enters finds its prompt in the columns just before. Its tokens stand side by side, as with left padding,
+    so that one copy serves all rows and the model's own masks, sliding windows too, are right as they are.
+hf: transformers' `generate`, the plain reference.
 
-    token_BL         prompt + response, padded on the right           problem_B   index into the problems
-    prompt_length_B  tokens of the prompt                             correct_B   the verifier's verdict (bool)
-    length_B         tokens of the response, EOS included             reward_B    what is optimised
-    stop_B           True: ended by EOS; False: cut at the limit      sampled_logp_BT  the sampler's log-probs
-
-B = P·G rows for P prompts with G samples each, the samples of one prompt side by side; L prompt + response tokens;
-T response tokens; R rows still being sampled; V vocabulary.
+Shapes: B = P·G rows for P prompts with G samples each, the samples of one prompt side by side; L prompt + response tokens;
+T response tokens; R slots, K columns of the cache; V vocabulary; H heads, D width of a head.
 """
 
 from functools import partial
 
 import torch
 from tqdm import tqdm
-from transformers import TopPLogitsWarper
+from transformers import Cache, DynamicCache, TopPLogitsWarper
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+import table
 from dapo import mixed_groups
-from gae import explained_variance
 from math_verifier import MathVerifier
-from model import autocast, critic_values
-from run import BadInput
+from model import autocast, policy_logprobs
+from run import BadInput, require
 from verifier import verify
 
 END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>")
-COMPACT_BELOW = 0.75  # finished rows are dropped from the cache when less than this share of its rows is alive
+COMPACT_BELOW = 0.75  # with no answer waiting, slots are given up when less than this share of them is in use
+FIRST_COLUMNS = 64  # of the cache, beyond the longest prompt; the table doubles as answers need it
+STEPS_UNSEEN = 8  # tokens between two looks at what has ended, on a device that a look would hold up
+BLOCK = 128  # words that `draw` counts together
 
 
 def next_problems(problems, count, order):
@@ -37,113 +41,264 @@ def next_problems(problems, count, order):
 
 
 @torch.no_grad()
-def sample(policy, tokenizer, problems, samples, max_tokens, temperature, generator, sample_rows=256, progress=None, top_p=1.0):
+def sample(
+    policy, tokenizer, problems, samples, max_tokens, temperature, generator, sample_rows=256, progress=None, top_p=1.0, engine="slots"
+):
     """`samples` answers to each problem from the policy, π(·|s)^(1/temperature) token by token; temperature 0 is greedy.
 
-    Each prompt is read once and its cache repeated for its samples. In training nothing of the distribution is cut off
-    (top-p = 1), so the log-probs are those of the update; below 1, the least likely tokens of together at most 1 − top_p are.
+    In training nothing of the distribution is cut off (top-p = 1), so the log-probs are those of the update; below 1, the
+    least likely tokens of together at most 1 − top_p are.
 
     Args: problems, dicts with "prompt" (token ids), or pairs of an index and such a dict; max_tokens, the longest response;
-        generator, a torch.Generator on the policy's device; sample_rows, answers side by side; progress, a tqdm label.
-    Returns: rows without verdict and reward, `problem_B` counting the problems given.
+        generator, a torch.Generator on the policy's device; sample_rows, answers side by side (the slots); progress, a tqdm label.
+    Returns: rows (table.py) without verdict and reward, `problem_B` counting the problems given.
     """
-    eos_N = torch.tensor(eos_ids(policy, tokenizer), device=policy.device)
-    prompts_at_once = max(1, sample_rows // samples)
-    parts = []
-    bar = tqdm(total=len(problems) * samples, desc=progress, unit="answer", disable=progress is None, leave=False)
-    for start in range(0, len(problems), prompts_at_once):
-        prompts = [problem["prompt"] for problem in problems[start : start + prompts_at_once]]
-        part = sample_together(policy, prompts, samples, max_tokens, temperature, generator, eos_N, bar, top_p)
-        part["problem_B"] += start
-        parts.append(part)
+    device, prompts = policy.device, [problem["prompt"] for problem in problems]
+    eos_N = torch.tensor(eos_ids(policy, tokenizer), device=device)
+    pick = partial(draw, temperature=temperature, top_p=top_p)
+    bar = tqdm(total=len(prompts) * samples, desc=progress, unit="answer", disable=progress is None, leave=False)
+    if engine == "slots":
+        columns = sample_in_slots(policy, prompts, samples, max_tokens, pick, generator, eos_N, sample_rows, bar)
+    else:
+        columns = sample_with_generate(policy, prompts, samples, max_tokens, temperature, top_p, generator, eos_N, sample_rows, bar)
     bar.close()
-    return concatenate(parts)
-
-
-def sample_together(policy, prompts, samples, max_tokens, temperature, generator, eos_N, bar, top_p=1.0):
-    """One batch of prompts, left-padded so that all of them end, and go on, in the same column; rows as `sample` has them."""
-    device, count = policy.device, len(prompts)
-    prompt_length_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    width = int(prompt_length_P.max())
-    prompt_PL = torch.zeros(count, width, dtype=torch.long, device=device)  # the padding's id does not matter: masked
-    for i, prompt in enumerate(prompts):
-        prompt_PL[i, width - len(prompt) :] = torch.tensor(prompt, device=device)
-    mask_RL = torch.arange(width, device=device) >= width - prompt_length_P[:, None]
-    position_RL = (mask_RL.cumsum(dim=1) - 1).clamp(min=0)
-
-    with autocast(policy):
-        output = policy(input_ids=prompt_PL, attention_mask=mask_RL.long(), position_ids=position_RL, use_cache=True, logits_to_keep=1)
-    cache = output.past_key_values
-    cache.batch_repeat_interleave(samples)
-    logit_RV = output.logits[:, -1].repeat_interleave(samples, dim=0)
-    mask_RL = mask_RL.repeat_interleave(samples, dim=0).long()
-    position_R = prompt_length_P.repeat_interleave(samples)
-
-    rows = count * samples
-    token_BT = torch.zeros(rows, max_tokens, dtype=torch.long, device=device)
-    logp_BT = torch.zeros(rows, max_tokens, device=device)
-    length_B = torch.full((rows,), max_tokens, device=device)
-    stop_B = torch.zeros(rows, dtype=torch.bool, device=device)
-    row_R = torch.arange(rows, device=device)  # which answer each row of the cache writes
-    alive_R = torch.ones(rows, dtype=torch.bool, device=device)
-    alive = rows
-    for t in range(max_tokens):
-        token_R, logp_R = draw(logit_RV, temperature, generator, top_p)
-        token_BT[row_R, t] = torch.where(alive_R, token_R, 0)
-        logp_BT[row_R, t] = torch.where(alive_R, logp_R, 0.0)
-        ends_R = alive_R & torch.isin(token_R, eos_N)
-        length_B[row_R[ends_R]] = t + 1
-        stop_B[row_R[ends_R]] = True
-        alive_R = alive_R & ~ends_R
-        before, alive = alive, int(alive_R.sum())
-        bar.update(before - alive)
-        if alive == 0 or t + 1 == max_tokens:
-            bar.update(alive)
-            break
-        if alive < COMPACT_BELOW * len(row_R):
-            keep = alive_R.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            token_R, row_R, mask_RL, position_R = token_R[keep], row_R[keep], mask_RL[keep], position_R[keep]
-            alive_R = alive_R[keep]
-        mask_RL = torch.cat([mask_RL, torch.ones_like(mask_RL[:, :1])], dim=1)
-        with autocast(policy):
-            output = policy(
-                input_ids=token_R[:, None], attention_mask=mask_RL, position_ids=position_R[:, None],
-                past_key_values=cache, use_cache=True,
-            )  # fmt: skip
-        logit_RV, position_R = output.logits[:, -1], position_R + 1
-
+    token_BT, logp_BT, length_B, stop_B = columns
     longest = int(length_B.max())
+    token_BT = torch.where(torch.arange(longest, device=device) < length_B[:, None], token_BT[:, :longest], 0)
+    prompt_PL, prompt_length_P = left_padded(prompts, device)
     prompt_length_B = prompt_length_P.repeat_interleave(samples)
-    prompt_BL = prompt_PL.repeat_interleave(samples, dim=0)
-    return {
-        "token_BL": push_left(torch.cat([prompt_BL, token_BT[:, :longest]], dim=1), width - prompt_length_B),
+    token_BL = torch.cat([prompt_PL.repeat_interleave(samples, dim=0), token_BT], dim=1)
+    rows = {
+        "token_BL": table.push_left(token_BL, prompt_PL.shape[1] - prompt_length_B),
         "prompt_length_B": prompt_length_B,
         "length_B": length_B,
         "stop_B": stop_B,
-        "sampled_logp_BT": logp_BT[:, :longest],
-        "problem_B": torch.arange(count, device=device).repeat_interleave(samples),
+        "problem_B": torch.arange(len(prompts), device=device).repeat_interleave(samples),
     }
+    if logp_BT is None:  # `generate` would have to hold the logits of all tokens to tell
+        logp_BT = torch.zeros(token_BT.shape, device=device)
+        for index in table.micro_batches(rows, sample_rows):
+            part = table.take(rows, index)
+            logp_BT[index, : int(part["length_B"].max())] = policy_logprobs(policy, part, temperature or 1.0)[0]
+    return rows | {"sampled_logp_BT": logp_BT[:, :longest] * table.response_mask(rows)}
 
 
-def draw(logit_RV, temperature, generator, top_p=1.0):
-    """One token a row and its log-prob at that temperature and top-p; the most likely one at temperature 0."""
+def left_padded(prompts, device):
+    """(prompt_PL, prompt_length_P): all prompts end in the last column. The padding's id does not matter: it is masked."""
+    length_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    prompt_PL = torch.zeros(len(prompts), int(length_P.max()), dtype=torch.long, device=device)
+    for row_L, prompt in zip(prompt_PL, prompts):
+        row_L[len(row_L) - len(prompt) :] = torch.tensor(prompt, device=device)
+    return prompt_PL, length_P
+
+
+def sample_in_slots(policy, prompts, samples, max_tokens, pick, generator, eos_N, slots, bar):
+    """Returns: (token_BT, logp_BT, length_B, stop_B), columns past an answer's end undefined."""
+    device, answers = policy.device, len(prompts) * samples
+    slots, steps_unseen = min(slots, answers), 1 if device.type == "cpu" else STEPS_UNSEEN
+    # One row more than there are answers: what slots without an answer write goes there.
+    token_BT = torch.zeros(answers + 1, max_tokens, dtype=torch.long, device=device)
+    logp_BT = torch.zeros(answers + 1, max_tokens, device=device)
+    length_B = torch.zeros(answers + 1, dtype=torch.long, device=device)
+    stop_B = torch.zeros(answers + 1, dtype=torch.bool, device=device)
+    row_R = torch.full((slots,), answers, device=device)  # which answer a slot writes
+    last_R, position_R = torch.zeros(2, slots, dtype=torch.long, device=device)  # its last token, and where that stands
+    longest_prompt = max(map(len, prompts))
+    cache, entered, read_from, read_to = None, 0, 0, 0
+    while True:
+        free_R = (row_R == answers).nonzero()[:, 0]
+        while entered < answers and len(free_R):
+            if entered == read_to * samples:  # the next prompts, as many as could fill all slots, are read at once
+                read_from, read_to = read_to, min(len(prompts), read_to + max(1, slots // samples))
+                read, prompt_PL, prompt_length_P = read_prompts(policy, prompts[read_from:read_to])
+                cache = cache or Slots(read, slots, longest_prompt - 1)
+            count = min(len(free_R), read_to * samples - entered)
+            enter_R, free_R = free_R[:count], free_R[count:]
+            row_R[enter_R] = torch.arange(entered, entered + count, device=device)
+            prompt_R = row_R[enter_R] // samples - read_from
+            last_R[enter_R], position_R[enter_R] = prompt_PL[prompt_R, -1], prompt_length_P[prompt_R] - 1
+            cache.enter(enter_R, read, prompt_R, prompt_length_P[prompt_R] - 1)
+            entered += count
+        for _ in range(steps_unseen):
+            cache.make_room(row_R < answers, longest_prompt)
+            with autocast(policy):
+                logit_RV = policy(
+                    input_ids=last_R[:, None], attention_mask=cache.mask(), position_ids=position_R[:, None],
+                    past_key_values=cache, use_cache=True,
+                ).logits[:, -1]  # fmt: skip
+            cache.advance()
+            last_R, logp_R = pick(logit_RV, generator)
+            t_R = length_B[row_R].clamp(max=max_tokens - 1)
+            token_BT[row_R, t_R], logp_BT[row_R, t_R] = last_R, logp_R
+            length_B[row_R] = t_R + 1
+            stop_B[row_R] = torch.isin(last_R, eos_N)
+            position_R = position_R + 1
+            row_R = torch.where(stop_B[row_R] | (t_R + 1 == max_tokens), answers, row_R)
+            length_B[answers] = 0
+        alive = int((row_R < answers).sum())
+        bar.update(entered - alive - bar.n)
+        if alive == 0 and entered == answers:
+            return token_BT[:-1], logp_BT[:-1], length_B[:-1], stop_B[:-1]
+        if entered == answers and alive < COMPACT_BELOW * len(row_R):
+            keep = (row_R < answers).nonzero()[:, 0]
+            row_R, last_R, position_R = row_R[keep], last_R[keep], position_R[keep]
+            cache.keep(keep)
+
+
+def read_prompts(policy, prompts):
+    """(cache, prompt_PL, prompt_length_P): the prompts, left-padded, read by the policy's trunk into a cache of their own."""
+    prompt_PL, length_P = left_padded(prompts, policy.device)
+    width = prompt_PL.shape[1]
+    mask_PL = torch.arange(width, device=policy.device) >= width - length_P[:, None]
+    position_PL = (mask_PL.cumsum(dim=1) - 1).clamp(min=0)
+    read = DynamicCache()
+    with autocast(policy):
+        policy.base_model(
+            input_ids=prompt_PL, attention_mask=mask_PL.long(), position_ids=position_PL, past_key_values=read, use_cache=True
+        )
+    plain = all(type(layer) is DynamicLayer for layer in read.layers)
+    require(plain, f"{type(policy).__name__} keeps more than keys and values: sample with --engine hf")
+    return read, prompt_PL, length_P
+
+
+class Slots(Cache):
+    """Keys and values of R slots in K columns, written in place; the columns in use are 0 to `now`, which is next.
+
+    A slot's tokens stand in columns start_R to now. When the columns run out, all rows move left to where the longest
+    begins; when that is not enough, the table doubles.
+    """
+
+    def __init__(self, read, slots, now):
+        super().__init__(layers=[SlotLayer(layer, slots, now + FIRST_COLUMNS) for layer in read.layers])
+        self.start_R = torch.full((slots,), now, device=read.layers[0].keys.device)
+        self.move_to(now)
+
+    def move_to(self, now):
+        self.now = now
+        for layer in self.layers:
+            layer.now = now
+
+    def enter(self, enter_R, read, prompt_R, length_R):
+        """Copies the first `length` tokens of prompts `prompt_R` of the cache `read` into the columns before `now`."""
+        for layer, source in zip(self.layers, read.layers):
+            width = source.keys.shape[2] - 1  # the last token of a prompt is the first that the row reads itself
+            layer.keys[enter_R, :, self.now - width : self.now] = source.keys[prompt_R, :, :width]
+            layer.values[enter_R, :, self.now - width : self.now] = source.values[prompt_R, :, :width]
+        self.start_R[enter_R] = self.now - length_R
+
+    def mask(self):
+        """mask_RK: 1 on the columns that a slot may see, `now` included."""
+        return (torch.arange(self.now + 1, device=self.start_R.device) >= self.start_R[:, None]).long()
+
+    def advance(self):
+        self.move_to(self.now + 1)
+
+    def make_room(self, alive_R, longest_prompt):
+        """Sees to it that there is a column `now`, and that a prompt would fit before it."""
+        columns = self.layers[0].keys.shape[2]
+        if self.now < columns:
+            return
+        unused = min(int(self.start_R[alive_R].min()) if alive_R.any() else self.now, self.now - longest_prompt)
+        if unused >= max(1, columns // 4):
+            for layer in self.layers:
+                layer.keys[:, :, :-unused] = layer.keys[:, :, unused:].clone()
+                layer.values[:, :, :-unused] = layer.values[:, :, unused:].clone()
+            self.start_R = (self.start_R - unused).clamp(min=0)
+            self.move_to(self.now - unused)
+        else:
+            for layer in self.layers:
+                layer.keys = torch.cat([layer.keys, torch.zeros_like(layer.keys)], dim=2)
+                layer.values = torch.cat([layer.values, torch.zeros_like(layer.values)], dim=2)
+
+    def keep(self, keep_R):
+        """Gives up all other slots."""
+        self.start_R = self.start_R[keep_R]
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[keep_R], layer.values[keep_R]
+
+
+class SlotLayer(CacheLayerMixin):
+    """One layer of `Slots`: keys and values [R, H, K, D]."""
+
+    is_sliding = False  # the window is the mask's business; all columns are kept
+
+    def __init__(self, like, slots, columns):
+        super().__init__()
+        self.keys, self.values = (x.new_zeros(slots, x.shape[1], columns, x.shape[3]) for x in (like.keys, like.values))
+        self.is_initialized = True
+
+    def update(self, key_RH1D, value_RH1D, *args, **kwargs):
+        self.keys[:, :, self.now : self.now + 1], self.values[:, :, self.now : self.now + 1] = key_RH1D, value_RH1D
+        return self.keys[:, :, : self.now + 1], self.values[:, :, : self.now + 1]
+
+    def get_mask_sizes(self, query_length):
+        return self.now + query_length, 0
+
+    def get_seq_length(self):
+        return self.now
+
+    def get_max_length(self):
+        return -1
+
+    def lazy_initialization(self, key_states, value_states):
+        raise NotImplementedError("the columns are there from the start")
+
+
+def sample_with_generate(policy, prompts, samples, max_tokens, temperature, top_p, generator, eos_N, slots, bar):
+    """As `sample_in_slots`, by `generate`, a batch of prompts at a time; no log-probs. Its random numbers come from a seed of ours."""
+    device, count = policy.device, max(1, slots // samples)
+    token_BT, length_B, stop_B = [], [], []
+    how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {"do_sample": False}
+    for start in range(0, len(prompts), count):
+        prompt_PL, length_P = left_padded(prompts[start : start + count], device)
+        prompt_PL, length_P = prompt_PL.repeat_interleave(samples, dim=0), length_P.repeat_interleave(samples)
+        width = prompt_PL.shape[1]
+        mask_PL = (torch.arange(width, device=device) >= width - length_P[:, None]).long()
+        with autocast(policy), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator, device=device)))
+            whole_BL = policy.generate(
+                prompt_PL, attention_mask=mask_PL, max_new_tokens=max_tokens, eos_token_id=eos_N.tolist(), pad_token_id=0, **how
+            )
+        answer_BT = torch.nn.functional.pad(whole_BL[:, width:], (0, max_tokens + width - whole_BL.shape[1]))
+        ends_BT = torch.isin(answer_BT, eos_N)
+        stop_B.append(ends_BT.any(dim=1))
+        length_B.append(torch.where(stop_B[-1], ends_BT.long().argmax(dim=1) + 1, max_tokens))
+        token_BT.append(answer_BT)
+        bar.update(len(answer_BT))
+    return torch.cat(token_BT), None, torch.cat(length_B), torch.cat(stop_B)
+
+
+def draw(logit_RV, generator, temperature=1.0, top_p=1.0):
+    """One token a row, and its log-prob at that temperature and top-p; the most likely one at temperature 0.
+
+    The smallest token a with Σ_{v ≤ a} π_v > u,  u uniform in [0, 1): the inverse of the distribution function, first over
+    blocks of words, then within one. (`torch.multinomial` draws a number for every word: 5 to 10 times slower at 50,000.)
+    """
     logit_RV = logit_RV.float() / (temperature or 1.0)
     if top_p < 1:
         logit_RV = TopPLogitsWarper(top_p)(None, logit_RV)
-    logp_RV = torch.log_softmax(logit_RV, dim=-1)
     if temperature == 0:
-        token_R = logp_RV.argmax(dim=-1)
-    else:
-        token_R = torch.multinomial(logp_RV.exp(), 1, generator=generator)[:, 0]
-    return token_R, logp_RV.gather(1, token_R[:, None])[:, 0]
+        logp_R, token_R = torch.log_softmax(logit_RV, dim=-1).max(dim=-1)
+        return token_R, logp_R
+    uniform_R = torch.rand(len(logit_RV), generator=generator, device=logit_RV.device, dtype=torch.float64)
+    return inverse_distribution(logit_RV, uniform_R)
 
 
-def push_left(token_BL, offset_B):
-    """Moves each row left by its offset; zeros come in on the right."""
-    position_BL = torch.arange(token_BL.shape[1], device=token_BL.device) + offset_B[:, None]
-    moved_BL = token_BL.gather(1, position_BL.clamp(max=token_BL.shape[1] - 1))
-    return torch.where(position_BL < token_BL.shape[1], moved_BL, 0)
+def inverse_distribution(logit_RV, uniform_R):
+    """(token_R, logp_R): see `draw`; uniform_R float64."""
+    highest_R1 = logit_RV.amax(dim=-1, keepdim=True)
+    weight_RV = (logit_RV - highest_R1).exp()
+    weight_RNB = torch.nn.functional.pad(weight_RV, (0, -weight_RV.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    block_RN = weight_RNB.sum(dim=-1).double()
+    until_RN = block_RN.cumsum(dim=-1)
+    at_R1 = uniform_R[:, None] * until_RN[:, -1:]
+    chosen_R1 = torch.searchsorted(until_RN, at_R1, right=True).clamp(max=block_RN.shape[1] - 1)
+    # Within the block: which share of it is left to go. Sums round, so the share is kept below 1: no word of weight 0 is taken.
+    share_R1 = 1 - (until_RN.gather(1, chosen_R1) - at_R1) / block_RN.gather(1, chosen_R1)
+    inner_RB = weight_RNB.gather(1, chosen_R1[..., None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(dim=-1)
+    token_R1 = chosen_R1 * BLOCK + torch.searchsorted(inner_RB, share_R1.clamp(0, 1 - 1e-12) * inner_RB[:, -1:], right=True)
+    logp_R1 = logit_RV.gather(1, token_R1) - highest_R1 - until_RN[:, -1:].log()
+    return token_R1[:, 0], logp_R1[:, 0].float()
 
 
 def eos_ids(policy, tokenizer):
@@ -155,12 +310,6 @@ def eos_ids(policy, tokenizer):
     return sorted({tokenizer.eos_token_id, *(i for i in listed if i is not None), *turns})
 
 
-def texts(rows, tokenizer):
-    """The responses as text, without special tokens."""
-    columns = zip(rows["token_BL"].tolist(), rows["prompt_length_B"].tolist(), rows["length_B"].tolist())
-    return [tokenizer.decode(token_L[start : start + length], skip_special_tokens=True) for token_L, start, length in columns]
-
-
 def verifier_of(settings):
     """verify(text, answer) → bool, as --verifier and --bare_number say."""
     return partial(MathVerifier() if settings.verifier == "math_verify" else verify, bare_number=settings.bare_number)
@@ -170,7 +319,7 @@ def judge(rows, tokenizer, problems, verify=verify, reward_correct=1.0, reward_w
     """Adds correct_B, the verifier's verdict, and reward_B, what is optimised; returns the rows. A truncated answer is
     terminal, and wrong: its last words may be half of a number."""
     answers = [problems[i]["answer"] for i in rows["problem_B"].tolist()]
-    said = zip(texts(rows, tokenizer), answers, rows["stop_B"].tolist())
+    said = zip(table.texts(rows, tokenizer), answers, rows["stop_B"].tolist())
     verdicts = [whole and verify(text, answer) for text, answer, whole in said]
     rows["correct_B"] = torch.tensor(verdicts, device=rows["length_B"].device)
     rows["reward_B"] = torch.where(rows["correct_B"], reward_correct, reward_wrong)
@@ -197,93 +346,7 @@ def refill(answers, prompts, samples, generations=None):
         if generations is None:
             parts, kept = [rows], prompts
         elif (keep_B := mixed_groups(rows["correct_B"], samples)).any():
-            parts.append(take(rows, keep_B.nonzero()[: (prompts - kept) * samples, 0]))
+            parts.append(table.take(rows, keep_B.nonzero()[: (prompts - kept) * samples, 0]))
             kept += len(parts[-1]["length_B"]) // samples
     drawn = {"accuracy": sum(correct) / len(correct), "generations": len(correct)}
-    return concatenate(parts), drawn | {"answers": len(correct) * prompts * samples}
-
-
-@torch.no_grad()
-def values(critic, rows, micro_batch, shift=0):
-    """value_BT of all rows, `micro_batch` at a time; 0 on padding (`shift`: see `model.critic_values`)."""
-    value_BT = torch.zeros_like(response_mask(rows))
-    for index in micro_batches(rows, micro_batch):
-        part = take(rows, index)
-        value_BT[index, : int(part["length_B"].max())] = critic_values(critic, part, shift) * response_mask(part)
-    return value_BT
-
-
-def response_mask(rows):
-    """mask_BT: 1 on response tokens, from the lengths alone."""
-    width = int(rows["length_B"].max())
-    return (torch.arange(width, device=rows["length_B"].device) < rows["length_B"][:, None]).float()
-
-
-def take(rows, index_N):
-    """The given rows, with the columns of tokens cut to the longest of them."""
-    part = {name: column[index_N] for name, column in rows.items()}
-    longest = int(part["length_B"].max())
-    whole = int((part["prompt_length_B"] + part["length_B"]).max())
-    cut = {"BL": whole, "BT": longest}
-    return {name: column[:, : cut[name[-2:]]] if name[-2:] in cut else column for name, column in part.items()}
-
-
-def concatenate(parts):
-    """Rows below rows, padded with zeros to the widest."""
-    together = {}
-    for name in parts[0]:
-        columns = [part[name] for part in parts]
-        if columns[0].dim() == 2:
-            width = max(column.shape[1] for column in columns)
-            columns = [torch.nn.functional.pad(column, (0, width - column.shape[1])) for column in columns]
-        together[name] = torch.cat(columns)
-    return together
-
-
-def micro_batches(rows, size):
-    """Yields index tensors of at most `size` rows of like length, so that little is padded; every row is in one."""
-    order_B = (rows["prompt_length_B"] + rows["length_B"]).sort(stable=True).indices
-    yield from order_B.split(size)
-
-
-def rollout_metrics(rows):
-    """What is known of a rollout before the update (the glossary in the README defines each name)."""
-    mask_BT = response_mask(rows)
-    tokens = mask_BT.sum()
-    numbers = {
-        "reward": rows["reward_B"].mean(),
-        "length": rows["length_B"].float().mean(),
-        "length_max": rows["length_B"].max(),
-        "truncated": 1 - rows["stop_B"].float().mean(),
-        "entropy": (rows["entropy_BT"] * mask_BT).sum() / tokens,
-        "sampler_gap": ((rows["sampled_logp_BT"] - rows["old_logp_BT"]).abs() * mask_BT).sum() / tokens,
-        "advantage": (rows["adv_BT"] * mask_BT).sum() / tokens,
-    }
-    if "old_value_BT" in rows:
-        last_B1 = rows["length_B"][:, None] - 1
-        numbers |= {
-            "explained_variance": explained_variance(rows["old_value_BT"], rows["reward_B"][:, None] * mask_BT, mask_BT),
-            "value_first": rows["old_value_BT"][:, 0].mean(),
-            "value_last": rows["old_value_BT"].gather(1, last_B1).mean(),
-            "lambda_min": rows["lam_B"].min(),
-            "lambda": rows["lam_B"].mean(),
-            "lambda_max": rows["lam_B"].max(),
-        }
-    return numbers
-
-
-@torch.no_grad()
-def describe_samples(critic, tokenizer, problems, rows, samples):
-    """The first two answers to the first four problems, with the verdict and, of a critic, V at every token."""
-    index = [i for i in range(min(4 * samples, len(rows["length_B"]))) if i % samples < 2]
-    part = take(rows, torch.tensor(index, device=rows["length_B"].device))
-    value_BT = critic_values(critic, part) if critic else torch.zeros(len(index), 0)
-    described = []
-    for i, text in enumerate(texts(part, tokenizer)):
-        problem = problems[int(part["problem_B"][i])]
-        described.append({
-            "problem": problem["problem"], "answer": problem["answer"], "response": text,
-            "correct": bool(part["correct_B"][i]), "finish": "stop" if part["stop_B"][i] else "length",
-            "values": [round(value, 4) for value in value_BT[i, : int(part["length_B"][i])].tolist()],
-        })  # fmt: skip
-    return described
+    return table.concatenate(parts), drawn | {"answers": len(correct) * prompts * samples}

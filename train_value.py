@@ -31,6 +31,7 @@ import losses
 import model
 import problems as problem_files
 import rollout
+import table
 import toy
 import truth
 from gae import explained_variance
@@ -124,12 +125,12 @@ def split_by_problem(rows, share, seed):
     held = asked[torch.randperm(len(asked), generator=seeded_generator(seed, "held-out problems")).to(asked.device)]
     held = held[: min(len(asked) - 1, max(1, round(share * len(asked))))]
     is_held_B = torch.isin(rows["problem_B"], held)
-    return rollout.take(rows, (~is_held_B).nonzero()[:, 0]), rollout.take(rows, is_held_B.nonzero()[:, 0])
+    return table.take(rows, (~is_held_B).nonzero()[:, 0]), table.take(rows, is_held_B.nonzero()[:, 0])
 
 
 def objective_columns(rows, objective):
     """(target_BT, mask_BT, shift): what V is fitted to, where, and whether it is read before (0) or after (1) a token."""
-    mask_BT = rollout.response_mask(rows)
+    mask_BT = table.response_mask(rows)
     target_BT = rows["reward_B"][:, None] * mask_BT
     if objective == "value":
         return target_BT, mask_BT, 0
@@ -141,8 +142,8 @@ def objective_columns(rows, objective):
 def measure(critic, rows, objective, micro_batch):
     """Returns: (loss and explained variance under the objective, V at the first and last token; value_BT, as a critic's)."""
     target_BT, mask_BT, shift = objective_columns(rows, objective)
-    value_BT = rollout.values(critic, rows, micro_batch)
-    fitted_BT = rollout.values(critic, rows, micro_batch, shift) if shift else value_BT
+    value_BT = table.values(critic, rows, micro_batch)
+    fitted_BT = table.values(critic, rows, micro_batch, shift) if shift else value_BT
     weight_BT = losses.token_weights(mask_BT, "token")
     last_B1 = rows["length_B"][:, None] - 1
     return {
@@ -188,12 +189,12 @@ def fit(settings, critic, rows, held_out_rows, score, log):
         shuffled_N = pass_N[torch.randperm(len(pass_N), generator=order).to(pass_N.device)]
         batches = shuffled_N.split(settings.batch)[: limit - step]
         for index_N in batches:
-            batch = rollout.take(rows, index_N)
+            batch = table.take(rows, index_N)
             target_BT, mask_BT, shift = objective_columns(batch, settings.objective)
             weight_BT = losses.token_weights(mask_BT, "token")  # over the whole batch, before it is split
             total = 0.0
-            for micro in rollout.micro_batches(batch, settings.micro_batch):
-                value_BT = model.critic_values(critic, rollout.take(batch, micro), shift)
+            for micro in table.micro_batches(batch, settings.micro_batch):
+                value_BT = model.critic_values(critic, table.take(batch, micro), shift)
                 width = value_BT.shape[1]
                 loss = (value_loss(value_BT, target_BT[micro, :width]) * weight_BT[micro, :width]).sum()
                 loss.backward()

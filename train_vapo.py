@@ -37,6 +37,7 @@ import model
 import ppo
 import problems as problem_files
 import rollout
+import table
 import toy
 import train_value
 import truth
@@ -154,7 +155,9 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
     device = policy.device
     wrap = compiler(settings, device)
     kernels = SimpleNamespace(
-        chunk_logprobs=wrap(logprobs.chunk_logprobs), policy_loss=wrap(losses.policy_loss), value_loss=wrap(losses.value_loss)
+        logprobs=(wrap(logprobs.add_slice), wrap(logprobs.slice_gradient)),
+        policy_loss=wrap(losses.policy_loss),
+        value_loss=wrap(losses.value_loss),
     )
     learners = {}
     for name, network, lr in (("critic", critic, settings.critic_lr), ("policy", policy, settings.lr)):
@@ -192,7 +195,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
         metrics, rows, _ = evaluate.evaluate(
             sampler, tokenizer, test_problems, settings.eval_samples, settings, verify, progress=f"evaluation {step}"
         )
-        log.samples(step, rollout.describe_samples(critic, tokenizer, test_problems, rows, settings.eval_samples))
+        log.samples(step, table.describe_samples(critic, tokenizer, test_problems, rows, settings.eval_samples))
         return metrics, {f"test_{name}": value for name, value in metrics.items()} | {"seconds_eval": time.time() - started}
 
     def save(step):
@@ -229,7 +232,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
         updates = []
         count = -(-len(rows["length_B"]) // settings.mini_batch)
         for index in torch.randperm(len(rows["length_B"]), generator=generators["mini_batch"]).tensor_split(count):
-            batch = ppo.add_weights(rollout.take(rows, index.to(device)), settings)
+            batch = ppo.add_weights(table.take(rows, index.to(device)), settings)
             metrics = ppo.backward(policy, critic, batch, settings, kernels)
             for name in ("critic", "policy") if critic else ("policy",):
                 parameters = learners[name].parameters()
@@ -242,7 +245,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
         clock.append(time.time())
 
         sampled += drawn["answers"]
-        numbers = rollout.rollout_metrics(rows) | drawn | {"answers": sampled}
+        numbers = table.rollout_metrics(rows) | drawn | {"answers": sampled}
         if critic and settings.world:  # the truth is known there
             numbers |= truth.score_critic(settings.world, problems, tokenizer, rows, rows["old_value_BT"])
         numbers |= {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from gae import explained_variance
-from rollout import response_mask, take
+from table import response_mask, take
 from toy import ANSWER, LETTERS, REDO
 
 

@@ -14,7 +14,7 @@ from run import BadInput
 
 SMALL = {
     "device": "cpu", "steps": 1, "prompts": 6, "samples": 4, "mini_batch": 6, "eval_samples": 1, "save_every": 0, "response_length": 24,
-    "warmup": 0, "lr": 1e-3,
+    "warmup": 0, "lr": 3e-3,
 }  # fmt: skip
 
 
@@ -23,7 +23,7 @@ def runs(world, tmp_path_factory):
     """A directory as `prepare` leaves it, around the tests' small world."""
     runs = tmp_path_factory.mktemp("ablate")
     (runs / "world").symlink_to(world)
-    flags = [f"@{world}/train_value.args", "--answers=256", "--passes=1", "--response_length=24"]
+    flags = [f"@{world}/train_value.args", "--answers=512", "--passes=3", "--response_length=24"]
     ablate.call("train_value.py", [*flags, "--objective=reward", f"--out={runs}/reward_model"], runs / "reward_model.log")
     flags += [f"--reuse_answers={runs}/reward_model/answers.pt"]
     ablate.call("train_value.py", [*flags, f"--out={runs}/value"], runs / "value.log")

@@ -37,7 +37,7 @@ def test_top_p_cuts_the_tail_and_keeps_at_least_one():
     logit_RV = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(2_000, 1)
     generator = torch.Generator().manual_seed(0)
     for top_p, kept in ((1.0, {0, 1, 2, 3}), (0.7, {0, 1}), (0.9, {0, 1, 2}), (0.01, {0})):
-        token_R, logp_R = rollout.draw(logit_RV, 1.0, generator, top_p)
+        token_R, logp_R = rollout.draw(logit_RV, generator, 1.0, top_p)
         assert set(token_R.tolist()) == kept
         assert logp_R.exp().unique().sum().item() == pytest.approx(1.0, abs=1e-4)  # of what is left
 

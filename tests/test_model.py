@@ -20,6 +20,7 @@ from transformers import (
 import checkpoint
 import model
 import rollout
+import table
 import train_vapo
 
 SIZES = dict(
@@ -67,7 +68,7 @@ def test_training_gives_the_samplers_logprobs(directory):
     ended_B = rows["stop_B"]
     assert ended_B.any() and rows["length_B"].max() > 8  # rows leave, and windows slide
     logp_BT, _ = model.policy_logprobs(policy, rows, 1.0)
-    torch.testing.assert_close(logp_BT * rollout.response_mask(rows), rows["sampled_logp_BT"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(logp_BT * table.response_mask(rows), rows["sampled_logp_BT"], rtol=0, atol=1e-4)
     last_B = model.response_tokens(rows).gather(1, rows["length_B"][:, None] - 1)[:, 0]
     assert set(last_B[ended_B].tolist()) <= {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("a")}
 
@@ -117,7 +118,7 @@ def test_bfloat16_samples_from_a_copy_that_follows_the_policy(directory):
     with torch.no_grad():
         logp_BT, _ = model.policy_logprobs(policy, rows, 1.0)
     assert logp_BT.dtype == torch.float32
-    gap_BT = (logp_BT - rows["sampled_logp_BT"]).abs() * rollout.response_mask(rows)
+    gap_BT = (logp_BT - rows["sampled_logp_BT"]).abs() * table.response_mask(rows)
     assert 0 < gap_BT.sum() / rows["length_B"].sum() < 0.1  # rounding, no more
     with torch.no_grad():
         for parameter in policy.parameters():

@@ -6,6 +6,7 @@ from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2Fo
 
 import model
 import rollout
+import table
 
 
 def draw_answers(policy, tokenizer, problems, samples=8, max_tokens=12, temperature=1.0, sample_rows=16):
@@ -22,7 +23,7 @@ def test_sampler_log_probs_are_training_log_probs(policy, tokenizer, problems, t
     rows = draw_answers(policy, tokenizer, problems, temperature=temperature, sample_rows=24)
     assert len(rows["length_B"].unique()) > 5 and rows["stop_B"].any() and not rows["stop_B"].all()  # rows left the cache
     logp_BT, _ = model.policy_logprobs(policy, rows, temperature)
-    on_BT = rollout.response_mask(rows).bool()
+    on_BT = table.response_mask(rows).bool()
     tolerance = 1e-4 if policy.device.type == "cpu" else 0.1  # bf16 on CUDA
     torch.testing.assert_close(logp_BT[on_BT], rows["sampled_logp_BT"][on_BT], rtol=0, atol=tolerance)
     # and the last token of an answer is its only EOS
@@ -54,7 +55,7 @@ def test_a_row_that_ends_at_the_limit_and_one_that_is_cut_there(policy, tokenize
     letter, eos = tokenizer.convert_tokens_to_ids("z"), tokenizer.eos_token_id
     script = iter([[letter, letter, eos], [letter, letter], [letter, eos]])  # the third row ends at once and leaves
 
-    def scripted(logit_RV, temperature, generator, top_p):
+    def scripted(logit_RV, generator, temperature, top_p):
         token_R = torch.tensor(next(script), device=logit_RV.device)
         return token_R, torch.zeros(len(token_R), device=logit_RV.device)
 
@@ -87,11 +88,11 @@ def test_a_truncated_answer_is_never_right(policy, tokenizer, problems):
 
 def test_micro_batches_hold_every_row_once_and_taking_them_loses_no_token(policy, tokenizer, problems):
     rows = draw_answers(policy, tokenizer, problems)
-    index = list(rollout.micro_batches(rows, 5))
+    index = list(table.micro_batches(rows, 5))
     assert torch.cat(index).sort().values.tolist() == list(range(24)) and max(map(len, index)) == 5
-    tokens = sum(int(rollout.response_mask(rollout.take(rows, i)).sum()) for i in index)
+    tokens = sum(int(table.response_mask(table.take(rows, i)).sum()) for i in index)
     assert tokens == int(rows["length_B"].sum())
-    short = rollout.take(rows, rows["length_B"].argmin()[None])
+    short = table.take(rows, rows["length_B"].argmin()[None])
     assert short["sampled_logp_BT"].shape[1] == int(short["length_B"][0])
 
 
@@ -115,4 +116,4 @@ def test_logit_scale_and_cap_are_measured(tokenizer):
     problems = [{"problem": "x", "answer": "x", "prompt": [3, 4, 5]}, {"problem": "y", "answer": "y", "prompt": [6]}]
     rows = draw_answers(gemma, tokenizer, problems)
     logp_BT, _ = model.policy_logprobs(gemma, rows, 1.0)
-    torch.testing.assert_close(logp_BT * rollout.response_mask(rows), rows["sampled_logp_BT"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(logp_BT * table.response_mask(rows), rows["sampled_logp_BT"], rtol=0, atol=1e-4)

@@ -9,6 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import model
 import rollout
+import table
 import train_value
 
 SMALL = ["--device=cpu", "--answers=1024", "--samples=8", "--passes=4", "--lr=3e-3", "--patience=4", "--micro_batch=64"]
@@ -20,7 +21,7 @@ def value_run(world, out, *flags):
 
 def rows_of(world, device="cpu"):
     stored = torch.load(Path(world) / "answers.pt", map_location=device, weights_only=True)
-    return rollout.take(stored["rows"], torch.arange(8, device=device))
+    return table.take(stored["rows"], torch.arange(8, device=device))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_a_reward_model_is_worse_than_a_critic_before_the_end(world, run, tmp_pa
     out, metrics = run
     reward = value_run(world, tmp_path, "--objective=reward", f"--reuse_answers={out}/answers.pt")
     critic = model.load_critic(reward["critic"], torch.device("cpu"))
-    rows = rollout.take(torch.load(out / "answers.pt", weights_only=True)["rows"], torch.arange(1024))
+    rows = table.take(torch.load(out / "answers.pt", weights_only=True)["rows"], torch.arange(1024))
     as_critic, _ = train_value.measure(critic, rows, "value", 64)
     assert as_critic["explained_variance"] < metrics["explained_variance"]
     assert reward["explained_variance"] > as_critic["explained_variance"]
@@ -157,7 +158,7 @@ def test_critic_from_a_reward_model_gives_the_reward_models_scores(world, run, t
 
 def test_short_answers_come_first_and_the_learning_rate_falls_to_zero_if_asked(world, run, tmp_path, monkeypatch):
     out, _ = run
-    rates, lengths, step, take = [], [], torch.optim.AdamW.step, rollout.take
+    rates, lengths, step, take = [], [], torch.optim.AdamW.step, table.take
 
     def spy(optimizer, *rest):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -169,7 +170,7 @@ def test_short_answers_come_first_and_the_learning_rate_falls_to_zero_if_asked(w
         return take(rows, index)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
-    monkeypatch.setattr(rollout, "take", spy_take)
+    monkeypatch.setattr(table, "take", spy_take)
     flags = ["--passes=1", "--short_passes=2", "--batch=64", "--decay", "--lr=0.001", "--micro_batch=64"]
     value_run(world, tmp_path, *flags, f"--reuse_answers={out}/answers.pt")
     short, whole = -(-(922 // 2) // 64), -(-922 // 64)

@@ -18,11 +18,14 @@ import model
 import ppo
 import problems as problem_files
 import rollout
+import table
 import toy
 import train_value
 import train_vapo
 
-KERNELS = SimpleNamespace(chunk_logprobs=logprobs.chunk_logprobs, policy_loss=losses.policy_loss, value_loss=losses.value_loss)
+KERNELS = SimpleNamespace(
+    logprobs=(logprobs.add_slice, logprobs.slice_gradient), policy_loss=losses.policy_loss, value_loss=losses.value_loss
+)
 SETTINGS = train_vapo.Settings(train="t", test="t", alpha=0.5)
 SMALL = ["--device=cpu", "--prompts=6", "--samples=4", "--mini_batch=8", "--micro_batch=8", "--eval_samples=2", "--save_every=2", "--eval_every=2",
          "--pretrain_answers=64", "--pretrain_passes=1"]  # fmt: skip
@@ -96,7 +99,7 @@ def test_gradients_do_not_depend_on_the_micro_batch_split(pair, rows, only):
 def test_padding_content_never_matters_for_gradients(pair, rows):
     clean = gradients(pair, rows, SETTINGS)
     dirty = dict(rows)
-    off_BT = rollout.response_mask(rows) == 0
+    off_BT = table.response_mask(rows) == 0
     for name in ("old_logp_BT", "adv_BT", "target_BT", "old_value_BT"):
         dirty[name] = rows[name].masked_fill(off_BT, 1e6)
     position_L = torch.arange(rows["token_BL"].shape[1], device=off_BT.device)
@@ -108,7 +111,7 @@ def test_padding_content_never_matters_for_gradients(pair, rows):
 
 
 def test_targets_are_the_outcome_and_lambda_follows_the_length(rows):
-    mask_BT = rollout.response_mask(rows)
+    mask_BT = table.response_mask(rows)
     torch.testing.assert_close(rows["target_BT"], rows["reward_B"][:, None] * mask_BT, rtol=0, atol=1e-5)
     torch.testing.assert_close(rows["lam_B"], (1 - 2 / rows["length_B"].float()).clamp(min=0))
 
@@ -116,7 +119,7 @@ def test_targets_are_the_outcome_and_lambda_follows_the_length(rows):
 def test_decoupled_gae_off_gives_the_critic_the_policys_lambda(rows):
     coupled = ppo.compute_advantages(dict(rows), replace(SETTINGS, decoupled_gae=False))
     assert torch.equal(coupled["adv_BT"], rows["adv_BT"])
-    expected_BT = (rows["adv_BT"] + rows["old_value_BT"]) * rollout.response_mask(rows)
+    expected_BT = (rows["adv_BT"] + rows["old_value_BT"]) * table.response_mask(rows)
     torch.testing.assert_close(coupled["target_BT"], expected_BT)
     assert not torch.allclose(coupled["target_BT"], rows["target_BT"], atol=1e-2)
 
@@ -151,8 +154,8 @@ def test_positive_nll_pulls_towards_correct_answers_by_the_verdict(pair, rows):
     still = rows | {"adv_BT": torch.zeros_like(rows["adv_BT"]), "reward_B": 1 - rows["reward_B"]}  # a shaped reward
     on, _, metrics = gradients(pair, still, SETTINGS)
     off, _, _ = gradients(pair, still, replace(SETTINGS, positive_nll=False))
-    correct = rollout.take(rows, rows["correct_B"].nonzero()[:, 0])
-    mask_BT = rollout.response_mask(correct)
+    correct = table.take(rows, rows["correct_B"].nonzero()[:, 0])
+    mask_BT = table.response_mask(correct)
     assert metrics["nll_loss"] == pytest.approx((-(correct["old_logp_BT"] * mask_BT).sum() / mask_BT.sum()).item(), rel=1e-2)
     assert on.abs().max() > 1e-3 and off.abs().max() == 0
     none, _, metrics = gradients(pair, still | {"correct_B": torch.zeros_like(rows["correct_B"])}, SETTINGS)
@@ -213,7 +216,7 @@ def test_a_compiled_run_equals_an_eager_one(world, tmp_path, monkeypatch):
     for name, flags in (("eager", []), ("compiled", ["--compile"])):
         vapo_run(world, tmp_path / name, "--steps=1", "--no_value_pretraining", *flags)
     eager, fast = (without_clock(metrics_of(tmp_path / name))[1] for name in ("eager", "compiled"))
-    assert compiled == ["chunk_logprobs", "policy_loss", "value_loss"]
+    assert compiled == ["add_slice", "slice_gradient", "policy_loss", "value_loss"]
     assert fast == pytest.approx(eager, rel=1e-3, abs=1e-5)
 
 
