@@ -13,8 +13,8 @@ import train_vapo
 from run import BadInput
 
 SMALL = {
-    "device": "cpu", "steps": 1, "prompts": 6, "samples": 4, "mini_batch": 6, "eval_samples": 1, "save_every": 0, "response_length": 24,
-    "warmup": 0, "lr": 3e-3,
+    "device": "cpu", "steps": 1, "prompts": 16, "samples": 4, "mini_batch": 8, "eval_samples": 1, "save_every": 0, "response_length": 24,
+    "warmup": 0, "lr": 2e-3,
 }  # fmt: skip
 
 
