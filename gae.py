@@ -39,14 +39,22 @@ def gae(reward_BT, value_BT, mask_BT, lam, gamma=1.0):
     value_BT = torch.where(on_BT, value_BT, 0).to(dtype)
     lam_B = torch.as_tensor(lam, dtype=dtype, device=value_BT.device).expand(len(value_BT))
 
-    adv_BT = torch.zeros_like(value_BT)
-    next_value_B = next_adv_B = torch.zeros_like(lam_B)
-    for t in reversed(range(value_BT.shape[1])):
-        delta_B = reward_BT[:, t] + gamma * next_value_B - value_BT[:, t]
-        adv_BT[:, t] = delta_B + gamma * lam_B * next_adv_B
-        # On padding reward, value and so δ are 0: the recursion reaches the last token with nothing in hand.
-        next_value_B, next_adv_B = value_BT[:, t], adv_BT[:, t]
-    return adv_BT
+    # On padding reward, value and so δ are 0: the last token sees V = 0 after it.
+    next_value_BT = torch.nn.functional.pad(value_BT[:, 1:], (0, 1))
+    return discounted_sums(reward_BT + gamma * next_value_BT - value_BT, gamma * lam_B)
+
+
+def discounted_sums(delta_BT, decay_B):
+    """Σ_l decay^l δ_{t+l} at every t, one decay a row, in log₂ T passes instead of T steps.
+
+    After s = 1, 2, 4, … a column holds the sum over its next s columns; twice as many are that sum and, decayed by s columns, the
+    one that starts where it ends:   S_{2s}(t) = S_s(t) + decay^s S_s(t + s)
+    """
+    sum_BT, decay_B1, span = delta_BT.clone(), decay_B[:, None], 1
+    while span < delta_BT.shape[1]:
+        sum_BT[:, :-span] += decay_B1 * sum_BT[:, span:]
+        decay_B1, span = decay_B1**2, 2 * span
+    return sum_BT
 
 
 def length_adaptive_lambda(length_B, alpha):

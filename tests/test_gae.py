@@ -49,6 +49,20 @@ def test_gae_equals_its_definition_on_ragged_one_token_and_empty_rows(device):
     torch.testing.assert_close(adv_BT.cpu(), torch.tensor(expected), rtol=0, atol=1e-5)
 
 
+def test_the_scan_equals_the_recursion_over_a_thousand_tokens(device):
+    torch.manual_seed(0)
+    lengths = (1000, 513, 512, 511, 3)
+    reward_BT, value_BT, mask_BT, lam_B = torch.randn(5, 1000), torch.randn(5, 1000), mask(*lengths), torch.tensor([1, 0.999, 0.95, 0, 0.5])
+    expected_BT = torch.zeros(5, 1000, dtype=torch.float64)
+    for i, length in enumerate(lengths):
+        following, next_value = 0.0, 0.0
+        for t in reversed(range(length)):
+            following = reward_BT[i, t].item() + next_value - value_BT[i, t].item() + lam_B[i].item() * following
+            expected_BT[i, t], next_value = following, value_BT[i, t].item()
+    adv_BT = gae(*(x.to(device) for x in (reward_BT, value_BT, mask_BT, lam_B)))
+    torch.testing.assert_close(adv_BT.cpu(), expected_BT.float(), rtol=1e-5, atol=1e-5)
+
+
 def test_targets_at_lambda_one_are_the_outcome_whatever_the_critic_says():
     mask_BT = mask(5, 2, 1)
     reward_BT = terminal_reward(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([5, 2, 1]), 5)
