@@ -35,7 +35,7 @@ WORLD = {
 }  # fmt: skip
 # 16 updates a rollout, as in the paper; results/eight_updates has a first look with 8.
 RUN = {
-    "steps": 24, "prompts": 16, "samples": 16, "mini_batch": 16, "alpha": 0.5, "critic_lr": 5e-4, "micro_batch": 32,
+    "steps": 24, "prompts": 16, "samples": 16, "mini_batch": 16, "alpha": 0.5, "critic_lr": 5e-4,
     "eval_every": 3, "eval_samples": 4, "save_every": 6,
 }  # fmt: skip
 REWARD_MODEL = {"answers": 8192, "lr": 5e-4, "batch": 32, "passes": 8, "patience": 3}

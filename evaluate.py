@@ -45,7 +45,7 @@ def evaluate(policy, tokenizer, problems, samples, settings, verify, progress=No
         (mean response tokens), truncated (share cut at the limit); the judged rows; a dict for each problem, to look at.
     """
     source = seeded_generator(settings.seed, "evaluation", policy.device)
-    common = {"max_tokens": settings.response_length, "generator": source, "sample_rows": settings.sample_rows}
+    common = {"max_tokens": settings.response_length, "generator": source, "sample_rows": settings.sample_rows, "engine": settings.engine}
     rows = sample(
         policy, tokenizer, problems, samples, temperature=settings.eval_temperature, top_p=settings.eval_top_p, progress=progress, **common
     )

@@ -19,13 +19,13 @@ def old_logprobs_and_values(policy, critic, rows, settings, kernels):
     """Adds old_logp_BT, entropy_BT and, with a critic, old_value_BT, from the same code as training: the first ratio is 1."""
     for name in ("old_logp_BT", "entropy_BT"):
         rows[name] = torch.zeros_like(rows["sampled_logp_BT"])
-    for index in table.micro_batches(rows, 4 * settings.micro_batch):
+    for index in table.micro_batches(rows, 4 * settings.micro_batch_tokens):
         part = table.take(rows, index)
         width = int(part["length_B"].max())
         logp_BT, entropy_BT = model.policy_logprobs(policy, part, settings.temperature, kernels.logprobs)
         rows["old_logp_BT"][index, :width], rows["entropy_BT"][index, :width] = logp_BT, entropy_BT
     if critic:
-        rows["old_value_BT"] = table.values(critic, rows, 4 * settings.micro_batch)
+        rows["old_value_BT"] = table.values(critic, rows, 4 * settings.micro_batch_tokens)
     return rows
 
 
@@ -71,7 +71,7 @@ def backward(policy, critic, batch, settings, kernels):
     mu = settings.mu if settings.positive_nll else 0.0  # piece 6
     sums = {"policy_loss": 0.0, "nll_loss": 0.0} | ({"value_loss": 0.0} if critic else {})
     ratio_max, ratio_sums = 0.0, {"clip_low": 0.0, "clip_high": 0.0, "approx_kl": 0.0}
-    for index in table.micro_batches(batch, settings.micro_batch):
+    for index in table.micro_batches(batch, settings.micro_batch_tokens):
         micro = table.take(batch, index)
         mask_BT = table.response_mask(micro)
 

@@ -29,6 +29,7 @@ END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "
 COMPACT_BELOW = 0.75  # with no answer waiting, slots are given up when less than this share of them is in use
 FIRST_COLUMNS = 64  # of the cache, beyond the longest prompt; the table doubles as answers need it
 STEPS_UNSEEN = 8  # tokens between two looks at what has ended, on a device that a look would hold up
+SCORED_TOKENS = 16384  # of a forward pass, where `generate` has no log-probs to give
 BLOCK = 128  # words that `draw` counts together
 
 
@@ -77,7 +78,7 @@ def sample(
     }
     if logp_BT is None:  # `generate` would have to hold the logits of all tokens to tell
         logp_BT = torch.zeros(token_BT.shape, device=device)
-        for index in table.micro_batches(rows, sample_rows):
+        for index in table.micro_batches(rows, SCORED_TOKENS):
             part = table.take(rows, index)
             logp_BT[index, : int(part["length_B"].max())] = policy_logprobs(policy, part, temperature or 1.0)[0]
     return rows | {"sampled_logp_BT": logp_BT[:, :longest] * table.response_mask(rows)}

@@ -79,11 +79,14 @@ class RunSettings:
     reward_correct: float = flag(1.0, "reward of a correct answer")
     reward_wrong: float = flag(0.0, "reward of a wrong answer")
     sample_rows: int = flag(256, "answers that are sampled side by side")
-    micro_batch: int = flag(16, "answers in one forward and backward pass; changes memory and speed, never a gradient")
+    engine: Literal["slots", "hf"] = flag("slots", "slots: the fast sampler of rollout.py; hf: transformers' generate, the plain reference")
+    micro_batch_tokens: int = flag(
+        16384, "tokens of a forward and backward pass, padding included; changes memory and speed, never a gradient"
+    )
 
     def check(self, needs_train=True):
         """Checks ranges, and that there is what no default can stand for. Raises: BadInput."""
-        for name in ("prompt_length", "response_length", "sample_rows", "micro_batch"):
+        for name in ("prompt_length", "response_length", "sample_rows", "micro_batch_tokens"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
         installed = self.verifier != "math_verify" or importlib.util.find_spec("math_verify")
         require(bool(installed), "--verifier math_verify needs the package math-verify: pip install math-verify")

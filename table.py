@@ -49,10 +49,17 @@ def push_left(token_BL, offset_B):
     return torch.where(position_BL < token_BL.shape[1], moved_BL, 0)
 
 
-def micro_batches(rows, size):
-    """Yields index tensors of at most `size` rows of like length, so that little is padded; every row is in one."""
-    order_B = (rows["prompt_length_B"] + rows["length_B"]).sort(stable=True).indices
-    yield from order_B.split(size)
+def micro_batches(rows, tokens):
+    """Index tensors of rows of like length; a micro-batch, padded to its longest row, has at most `tokens` tokens, or one row.
+
+    Every row is in one, the shortest in the first.
+    """
+    length_B, order_B = (rows["prompt_length_B"] + rows["length_B"]).sort(stable=True)
+    starts = [0]
+    for i, length in enumerate(length_B.tolist()):
+        if (i + 1 - starts[-1]) * length > tokens and i > starts[-1]:
+            starts.append(i)
+    return order_B.tensor_split(starts[1:])
 
 
 def texts(rows, tokenizer):
@@ -62,10 +69,10 @@ def texts(rows, tokenizer):
 
 
 @torch.no_grad()
-def values(critic, rows, micro_batch, shift=0):
-    """value_BT of all rows, `micro_batch` at a time; 0 on padding (`shift`: see `model.critic_values`)."""
+def values(critic, rows, micro_batch_tokens, shift=0):
+    """value_BT of all rows, `micro_batch_tokens` at a time; 0 on padding (`shift`: see `model.critic_values`)."""
     value_BT = torch.zeros_like(response_mask(rows))
-    for index in micro_batches(rows, micro_batch):
+    for index in micro_batches(rows, micro_batch_tokens):
         part = take(rows, index)
         value_BT[index, : int(part["length_B"].max())] = critic_values(critic, part, shift) * response_mask(part)
     return value_BT

@@ -165,35 +165,36 @@ def train_base(world, step, tokenizer, problems, progress=True):
 # What each script is told in this world: `python train_vapo.py` is `python train_vapo.py @runs/toy/train_vapo.args`.
 # The learning rates suit a model of 200,000 parameters, α suits answers of tens of tokens.
 SETTINGS = {
-    "common": {"prompt_template": "{problem}:", "prompt_length": 8, "micro_batch": 32},
+    "common": {"prompt_template": "{problem}:", "prompt_length": 8, "micro_batch_tokens": 4096},
     "train_value": {"lr": 1e-3, "answers": 4096, "samples": 8},
     "train_vapo": {"lr": 4e-4, "critic_lr": 5e-4, "alpha": 0.5, "pretrain_lr": 1e-3, "pretrain_passes": 8},
 }
 
 
 def build(world, progress=True):
-    """Writes the world into `world.out`, unless it is there: base/ (model and tokenizer), train.jsonl, test.jsonl,
-    world.json (settings and the map) and, last, the two scripts' .args. Raises: BadInput if another world is there."""
+    """Writes the world into `world.out`, unless it is there: base/ (model and tokenizer), train.jsonl, test.jsonl and, last,
+    world.json (settings and the map); and the two scripts' .args. Raises: BadInput if another world is there."""
     out = Path(world.out)
     step = secret_map(world)
     record = {"settings": {k: v for k, v in asdict(world).items() if k != "out"}, "map": step}
-    args = {script: out / f"{script}.args" for script in ("train_value", "train_vapo")}
-    if all(path.exists() for path in args.values()):
+    if (out / "world.json").exists():
         if json.loads((out / "world.json").read_text()) != record:
             raise BadInput(f"{out} holds a world with other settings: give another --out, or remove it")
-        return out
-    train, test = draw_problems(world, random.Random(f"problems {world.seed}"))
-    tokenizer = make_tokenizer(world)
-    export(train_base(world, step, tokenizer, train, progress), tokenizer, out / "base")
-    for name, part in (("train", train), ("test", test)):
-        lines = [{"problem": f"{letter}{n}", "answer": apply_map(step, letter, n)} for letter, n in part]
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_json(out / "world.json", record)
+    else:
+        train, test = draw_problems(world, random.Random(f"problems {world.seed}"))
+        tokenizer = make_tokenizer(world)
+        export(train_base(world, step, tokenizer, train, progress), tokenizer, out / "base")
+        for name, part in (("train", train), ("test", test)):
+            lines = [{"problem": f"{letter}{n}", "answer": apply_map(step, letter, n)} for letter, n in part]
+            (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_json(out / "world.json", record)
     files = {"model": out / "base", "train": out / "train.jsonl", "world": out, "response_length": 4 * world.max_steps}
-    for script, path in args.items():
+    for script in ("train_value", "train_vapo"):
         test_file = {"test": out / "test.jsonl"} if script == "train_vapo" else {}
         flags = files | test_file | SETTINGS["common"] | SETTINGS[script]
-        path.write_text("".join(f"--{name}={value}\n" for name, value in flags.items()))
+        path, text = out / f"{script}.args", "".join(f"--{name}={value}\n" for name, value in flags.items())
+        if not path.exists() or path.read_text() != text:  # an older world may have flags that are no more
+            path.write_text(text)
     return out
 
 

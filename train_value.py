@@ -111,6 +111,7 @@ def sampled_answers(settings, out, policy, tokenizer, problems):
     rows = rollout.sample(
         model.sampling_copy(policy), tokenizer, [problems[i] for i in chosen.tolist()], settings.samples, settings.response_length, settings.temperature,
         seeded_generator(settings.seed, "pretraining answers", policy.device), settings.sample_rows, progress="value: sampling",
+        engine=settings.engine,
     )  # fmt: skip
     rows["problem_B"] = chosen.to(policy.device)[rows["problem_B"]]
     rollout.judge(rows, tokenizer, problems, rollout.verifier_of(settings), settings.reward_correct, settings.reward_wrong)
@@ -139,11 +140,11 @@ def objective_columns(rows, objective):
 
 
 @torch.no_grad()
-def measure(critic, rows, objective, micro_batch):
+def measure(critic, rows, objective, micro_batch_tokens):
     """Returns: (loss and explained variance under the objective, V at the first and last token; value_BT, as a critic's)."""
     target_BT, mask_BT, shift = objective_columns(rows, objective)
-    value_BT = table.values(critic, rows, micro_batch)
-    fitted_BT = table.values(critic, rows, micro_batch, shift) if shift else value_BT
+    value_BT = table.values(critic, rows, micro_batch_tokens)
+    fitted_BT = table.values(critic, rows, micro_batch_tokens, shift) if shift else value_BT
     weight_BT = losses.token_weights(mask_BT, "token")
     last_B1 = rows["length_B"][:, None] - 1
     return {
@@ -176,7 +177,7 @@ def fit(settings, critic, rows, held_out_rows, score, log):
 
     def measured(numbers):
         """Reports a pass; returns its metrics, its step and the critic's weights."""
-        held_out, value_BT = measure(critic, held_out_rows, settings.objective, settings.micro_batch)
+        held_out, value_BT = measure(critic, held_out_rows, settings.objective, settings.micro_batch_tokens)
         held_out |= score(value_BT)
         report(log, step, numbers | held_out)
         return {"held_out": held_out, "step": step, "weights": copy.deepcopy(critic.state_dict())}
@@ -193,7 +194,7 @@ def fit(settings, critic, rows, held_out_rows, score, log):
             target_BT, mask_BT, shift = objective_columns(batch, settings.objective)
             weight_BT = losses.token_weights(mask_BT, "token")  # over the whole batch, before it is split
             total = 0.0
-            for micro in table.micro_batches(batch, settings.micro_batch):
+            for micro in table.micro_batches(batch, settings.micro_batch_tokens):
                 value_BT = model.critic_values(critic, table.take(batch, micro), shift)
                 width = value_BT.shape[1]
                 loss = (value_loss(value_BT, target_BT[micro, :width]) * weight_BT[micro, :width]).sum()

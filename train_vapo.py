@@ -182,7 +182,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
         asked = rollout.next_problems(problems, prompts, order)
         rows = rollout.sample(
             sampler, tokenizer, [problems[i] for i in asked], samples, settings.response_length, settings.temperature,
-            generators["sample"], settings.sample_rows, progress="sampling",
+            generators["sample"], settings.sample_rows, progress="sampling", engine=settings.engine,
         )  # fmt: skip
         rows["problem_B"] = torch.tensor(asked, device=device)[rows["problem_B"]]
         rollout.judge(rows, tokenizer, problems, verify, settings.reward_correct, settings.reward_wrong)

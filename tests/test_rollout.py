@@ -1,5 +1,7 @@
 """rollout.py and model.py: what the sampler says is what training sees, whatever the padding."""
 
+from collections import Counter
+
 import pytest
 import torch
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, Qwen2Config
@@ -9,9 +11,9 @@ import rollout
 import table
 
 
-def draw_answers(policy, tokenizer, problems, samples=8, max_tokens=12, temperature=1.0, sample_rows=16):
+def draw_answers(policy, tokenizer, problems, samples=8, max_tokens=12, temperature=1.0, sample_rows=16, engine="slots"):
     generator = torch.Generator(policy.device).manual_seed(0)
-    return rollout.sample(policy, tokenizer, problems, samples, max_tokens, temperature, generator, sample_rows)
+    return rollout.sample(policy, tokenizer, problems, samples, max_tokens, temperature, generator, sample_rows, engine=engine)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -29,6 +31,77 @@ def test_sampler_log_probs_are_training_log_probs(policy, tokenizer, problems, t
     # and the last token of an answer is its only EOS
     ends_BT = torch.isin(model.response_tokens(rows), torch.tensor(rollout.eos_ids(policy, tokenizer), device=policy.device)) & on_BT
     assert torch.equal(ends_BT.sum(dim=1).bool(), rows["stop_B"]) and ends_BT.sum(dim=1).max() == 1
+
+
+def test_a_token_is_the_inverse_of_the_distribution_function():
+    # π = (1/10, 2/10, 3/10, 4/10): the first token below u = 0.1, the second below 0.3, the third below 0.6
+    logit_RV = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).log().repeat(7, 1) + 5
+    token_R, logp_R = rollout.inverse_distribution(logit_RV, torch.tensor([0, 0.09, 0.11, 0.29, 0.31, 0.59, 0.99], dtype=torch.float64))
+    assert token_R.tolist() == [0, 0, 1, 1, 2, 2, 3]
+    torch.testing.assert_close(logp_R.exp(), torch.tensor([0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4]))
+
+
+def test_no_word_of_probability_zero_is_drawn_and_every_other_one_is():
+    # 1,000 words in eight blocks, of which every third has weight 0, the last among them; u from 0 to as near to 1 as numbers go
+    logit_RV = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
+    logit_RV[:, ::3] = -torch.inf
+    uniform_R = torch.cat([torch.linspace(0, 1, 100_000, dtype=torch.float64)[:-1], torch.tensor([1 - 2**-53], dtype=torch.float64)])
+    token_R, logp_R = rollout.inverse_distribution(logit_RV.expand(len(uniform_R), -1), uniform_R)
+    share_V = torch.bincount(token_R, minlength=1000) / len(token_R)
+    torch.testing.assert_close(share_V, logit_RV.softmax(-1)[0], rtol=0, atol=3e-5)
+    torch.testing.assert_close(logp_R, logit_RV.log_softmax(-1)[0][token_R])
+
+
+@pytest.mark.parametrize("engine", ["slots", "hf"])
+def test_both_engines_draw_from_the_distribution_of_the_model(policy, tokenizer, problems, engine):
+    # Answers of at most two tokens, 6,000 of them: chi-square against the probabilities that the model itself gives each pair.
+    generator = torch.Generator(policy.device).manual_seed(1)
+    rows = rollout.sample(policy, tokenizer, problems[1:2], 6_000, 2, 1.0, generator, 500, engine=engine)
+    answers = [tuple(token_T[:length]) for token_T, length in zip(model.response_tokens(rows).tolist(), rows["length_B"].tolist())]
+    prompt, words = problems[1]["prompt"], len(tokenizer)
+    with torch.no_grad(), model.autocast(policy):
+        first_V = policy(torch.tensor([prompt], device=policy.device)).logits[0, -1].float().softmax(-1)
+        followed = torch.tensor([[*prompt, word] for word in range(words)], device=policy.device)
+        second_VV = policy(followed).logits[:, -1].float().softmax(-1)
+    ends = set(rollout.eos_ids(policy, tokenizer))
+    expected = {(word,): first_V[word].item() for word in ends}
+    expected |= {(a, b): (first_V[a] * second_VV[a, b]).item() for a in range(words) if a not in ends for b in range(words)}
+    assert sum(expected.values()) == pytest.approx(1, abs=1e-3) and set(answers) <= set(expected)
+    seen = Counter(answers)
+    common = [answer for answer, chance in expected.items() if chance * len(answers) >= 5]
+    observed = [seen[answer] for answer in common] + [len(answers) - sum(seen[answer] for answer in common)]
+    chances = [expected[answer] for answer in common] + [1 - sum(expected[answer] for answer in common)]
+    square = sum((count - len(answers) * chance) ** 2 / (len(answers) * chance) for count, chance in zip(observed, chances))
+    freedom = len(common)  # cells, less one
+    assert freedom > 20 and (square - freedom) / (2 * freedom) ** 0.5 < 5  # five standard deviations of its normal limit
+
+
+def test_greedy_answers_are_the_same_whatever_the_engine_the_slots_and_the_room_in_them(policy, tokenizer, problems, monkeypatch):
+    many = [problems[i % 3] for i in range(20)]
+    expected = draw_answers(policy, tokenizer, many, samples=1, max_tokens=60, temperature=0.0, engine="hf")
+    for columns, slots in ((64, 20), (1, 1), (1, 7), (16, 3)):  # one column more than the prompt: rows move and the table grows
+        monkeypatch.setattr(rollout, "FIRST_COLUMNS", columns)
+        rows = draw_answers(policy, tokenizer, many, samples=1, max_tokens=60, temperature=0.0, sample_rows=slots)
+        for name in ("token_BL", "length_B", "stop_B", "problem_B"):
+            assert torch.equal(rows[name], expected[name]), (columns, slots, name)
+
+
+def test_a_slot_is_free_again_as_soon_as_its_answer_ends(policy, tokenizer, problems, monkeypatch):
+    # Two slots, three answers of 5, 1 and 3 tokens: the third takes the second's slot, and five steps do for all nine tokens.
+    letter, eos = tokenizer.convert_tokens_to_ids("z"), tokenizer.eos_token_id
+    script = iter([[letter, eos], [letter, letter], [letter, letter], [letter, eos], [eos, letter]])
+    steps = []
+
+    def scripted(logit_RV, generator, temperature, top_p):
+        steps.append(len(logit_RV))
+        words = next(script)[: len(logit_RV)]
+        return torch.tensor(words, device=logit_RV.device), torch.zeros(len(words), device=logit_RV.device)
+
+    monkeypatch.setattr(rollout, "draw", scripted)
+    monkeypatch.setattr(rollout, "STEPS_UNSEEN", 1)
+    rows = draw_answers(policy, tokenizer, problems, samples=1, max_tokens=9, sample_rows=2)
+    assert rows["length_B"].tolist() == [5, 1, 3] and rows["stop_B"].all() and len(steps) == 5
+    assert steps == [2, 2, 2, 2, 1]  # and with none waiting, the slot is given up
 
 
 def test_greedy_sampling_equals_generate(policy, tokenizer, problems):
@@ -88,8 +161,11 @@ def test_a_truncated_answer_is_never_right(policy, tokenizer, problems):
 
 def test_micro_batches_hold_every_row_once_and_taking_them_loses_no_token(policy, tokenizer, problems):
     rows = draw_answers(policy, tokenizer, problems)
-    index = list(table.micro_batches(rows, 5))
-    assert torch.cat(index).sort().values.tolist() == list(range(24)) and max(map(len, index)) == 5
+    index = table.micro_batches(rows, 60)
+    assert torch.cat(index).sort().values.tolist() == list(range(24))
+    widths = [table.take(rows, i)["token_BL"].shape[1] for i in index]
+    assert max(len(i) * width for i, width in zip(index, widths)) <= 60 and len(index) < 12 and widths == sorted(widths)
+    assert [len(i) for i in table.micro_batches(rows, 1)] == [1] * 24  # a row longer than that is one by itself
     tokens = sum(int(table.response_mask(table.take(rows, i)).sum()) for i in index)
     assert tokens == int(rows["length_B"].sum())
     short = table.take(rows, rows["length_B"].argmin()[None])

@@ -12,7 +12,7 @@ import rollout
 import table
 import train_value
 
-SMALL = ["--device=cpu", "--answers=1024", "--samples=8", "--passes=4", "--lr=3e-3", "--patience=4", "--micro_batch=64"]
+SMALL = ["--device=cpu", "--answers=1024", "--samples=8", "--passes=4", "--lr=3e-3", "--patience=4", "--micro_batch_tokens=4096"]
 
 
 def value_run(world, out, *flags):
@@ -171,7 +171,7 @@ def test_short_answers_come_first_and_the_learning_rate_falls_to_zero_if_asked(w
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
     monkeypatch.setattr(table, "take", spy_take)
-    flags = ["--passes=1", "--short_passes=2", "--batch=64", "--decay", "--lr=0.001", "--micro_batch=64"]
+    flags = ["--passes=1", "--short_passes=2", "--batch=64", "--decay", "--lr=0.001", "--micro_batch_tokens=4096"]
     value_run(world, tmp_path, *flags, f"--reuse_answers={out}/answers.pt")
     short, whole = -(-(922 // 2) // 64), -(-922 // 64)
     assert abs(len(rates) - (2 * short + whole)) <= 2  # nine problems of ten: 922 of 1024 answers, more or less

@@ -27,7 +27,7 @@ KERNELS = SimpleNamespace(
     logprobs=(logprobs.add_slice, logprobs.slice_gradient), policy_loss=losses.policy_loss, value_loss=losses.value_loss
 )
 SETTINGS = train_vapo.Settings(train="t", test="t", alpha=0.5)
-SMALL = ["--device=cpu", "--prompts=6", "--samples=4", "--mini_batch=8", "--micro_batch=8", "--eval_samples=2", "--save_every=2", "--eval_every=2",
+SMALL = ["--device=cpu", "--prompts=6", "--samples=4", "--mini_batch=8", "--micro_batch_tokens=256", "--eval_samples=2", "--save_every=2", "--eval_every=2",
          "--pretrain_answers=64", "--pretrain_passes=1"]  # fmt: skip
 PIECES = ["value_pretraining", "decoupled_gae", "length_adaptive_gae", "token_level_loss", "clip_higher", "positive_nll", "group_sampling"]
 
@@ -87,7 +87,7 @@ def test_gradients_do_not_depend_on_the_micro_batch_split(pair, rows, only):
         rows = rows | {"adv_BT": torch.zeros_like(rows["adv_BT"])}
     else:  # ratios away from 1, some of them clipped
         rows = rows | {"old_logp_BT": rows["old_logp_BT"] + torch.randn_like(rows["old_logp_BT"]) * 0.3}
-    results = [gradients(pair, rows, replace(settings, micro_batch=size)) for size in (24, 7, 1)]
+    results = [gradients(pair, rows, replace(settings, micro_batch_tokens=tokens)) for tokens in (10_000, 60, 1)]
     tolerance = 1e-5 if rows["adv_BT"].device.type == "cpu" else 2e-2
     for policy_gradient, critic_gradient, metrics in results[1:]:
         torch.testing.assert_close(policy_gradient, results[0][0], rtol=0, atol=tolerance * results[0][0].abs().max().item())
