@@ -35,13 +35,11 @@ def gae(reward_BT, value_BT, mask_BT, lam, gamma=1.0):
     on_BT = mask_BT.bool()
     assert not (on_BT[:, 1:] & ~on_BT[:, :-1]).any(), "mask must be ones followed by zeros in every row"
     dtype = torch.promote_types(value_BT.dtype, torch.float32)
-    reward_BT = torch.where(on_BT, reward_BT, 0).to(dtype)
-    value_BT = torch.where(on_BT, value_BT, 0).to(dtype)
+    reward_BT, value_BT = reward_BT.to(dtype), value_BT.to(dtype)
     lam_B = torch.as_tensor(lam, dtype=dtype, device=value_BT.device).expand(len(value_BT))
-
-    # On padding reward, value and so δ are 0: the last token sees V = 0 after it.
-    next_value_BT = torch.nn.functional.pad(value_BT[:, 1:], (0, 1))
-    return discounted_sums(reward_BT + gamma * next_value_BT - value_BT, gamma * lam_B)
+    delta_BT = reward_BT - value_BT
+    delta_BT[:, :-1] += gamma * torch.where(on_BT[:, 1:], value_BT[:, 1:], 0)
+    return discounted_sums(torch.where(on_BT, delta_BT, 0), gamma * lam_B)
 
 
 def discounted_sums(delta_BT, decay_B):
