@@ -124,12 +124,13 @@ def bench_gae(settings, device):
     )
     lam_B = torch.rand(512, device=device)
 
-    def loop():
-        adv_BT = torch.zeros_like(value_BT)
-        next_value_B = next_adv_B = torch.zeros_like(lam_B)
+    def loop():  # as it stands in most trainers
+        advantages, last_B = [], 0.0
         for t in reversed(range(value_BT.shape[1])):
-            next_adv_B = reward_BT[:, t] + next_value_B - value_BT[:, t] + lam_B * next_adv_B
-            adv_BT[:, t], next_value_B = next_adv_B, value_BT[:, t]
+            next_value_B = value_BT[:, t + 1] if t + 1 < value_BT.shape[1] else 0.0
+            last_B = reward_BT[:, t] + next_value_B - value_BT[:, t] + lam_B * last_B
+            advantages.append(last_B)
+        torch.stack(advantages[::-1], dim=1)
 
     yield side_by_side(
         "GAE, 512 x 4096", "a loop over the tokens", lambda: discard(gae.gae(reward_BT, value_BT, mask_BT, lam_B)), loop, settings, device
