@@ -43,7 +43,6 @@ class Settings:
     repeats: int = flag(5, "turns of each side")
     device: str = flag("auto", "auto (cuda if there is one), cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "dtype of the arithmetic of the models; auto: bfloat16 on cuda")
-    batch_engine: bool = flag(False, "sampling: also against generate_batch, transformers' continuous batching")
     json: str = flag("", "also write the numbers to this file")
 
 
@@ -226,16 +225,15 @@ def bench_sampling(settings, device, name):
 
     title = f"sampling, {name}, {slots} rows"
     yield side_by_side(title, "generate", ours, generate, settings, device)
-    if settings.batch_engine:
-        paged = copy.deepcopy(plain)
-        how = GenerationConfig(max_new_tokens=longest, do_sample=True, top_k=0, top_p=1.0, eos_token_id=eos, pad_token_id=0)
+    paged = copy.deepcopy(plain)  # continuous batching changes the attention of its model
+    how = GenerationConfig(max_new_tokens=longest, do_sample=True, top_k=0, top_p=1.0, eos_token_id=eos, pad_token_id=0)
 
-        def generate_batch():
-            outputs = paged.generate_batch(inputs=prompts, generation_config=how, progress_bar=False)
-            require(len(outputs) == len(prompts), f"generate_batch returned {len(outputs)} of {len(prompts)} answers")
-            return sum(len(output.generated_tokens) for output in outputs.values())
+    def generate_batch():
+        outputs = paged.generate_batch(inputs=prompts, generation_config=how, progress_bar=False)
+        require(len(outputs) == len(prompts), f"generate_batch returned {len(outputs)} of {len(prompts)} answers")
+        return sum(len(output.generated_tokens) for output in outputs.values())
 
-        yield side_by_side(title, "generate_batch", ours, generate_batch, settings, device)
+    yield side_by_side(title, "generate_batch", ours, generate_batch, settings, device)
 
 
 def bench_update(settings, device, name):
