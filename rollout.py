@@ -133,8 +133,8 @@ def sample_in_slots(policy, prompts, samples, max_tokens, pick, generator, eos_N
             token_BT[row_R, t_R], logp_BT[row_R, t_R] = last_R, logp_R
             length_B[row_R] = t_R + 1
             stop_B[row_R] = torch.isin(last_R, eos_N)
-            position_R = position_R + 1
             row_R = torch.where(stop_B[row_R] | (t_R + 1 == max_tokens), answers, row_R)
+            position_R = position_R + (row_R < answers)  # there may be no next position
             length_B[answers] = 0
         alive = int((row_R < answers).sum())
         bar.update(entered - alive - bar.n)

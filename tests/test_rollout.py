@@ -104,6 +104,15 @@ def test_a_slot_is_free_again_as_soon_as_its_answer_ends(policy, tokenizer, prob
     assert steps == [2, 2, 2, 2, 1]  # and with none waiting, the slot is given up
 
 
+def test_a_slot_whose_answer_has_ended_stands_still(policy, tokenizer, problems, monkeypatch):
+    # Slots that nobody gives up, answers up to the model's last position: one that ran on would leave its table of positions.
+    monkeypatch.setattr(rollout, "COMPACT_BELOW", 0.0)
+    policy.generation_config.eos_token_id = tokenizer.eos_token_id
+    longest = 128 - max(len(problem["prompt"]) for problem in problems)
+    rows = draw_answers(policy, tokenizer, problems, samples=3, max_tokens=longest, sample_rows=4)
+    assert rows["length_B"].max() == longest and not rows["stop_B"].all()
+
+
 def test_greedy_sampling_equals_generate(policy, tokenizer, problems):
     rows = draw_answers(policy, tokenizer, problems, samples=1, temperature=0.0)
     for i, problem in enumerate(problems):
