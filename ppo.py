@@ -70,10 +70,11 @@ def backward(policy, critic, batch, settings, kernels):
     eps_high = settings.eps_high if settings.clip_higher else settings.eps_low  # piece 5
     mu = settings.mu if settings.positive_nll else 0.0  # piece 6
     sums = {"policy_loss": 0.0, "nll_loss": 0.0} | ({"value_loss": 0.0} if critic else {})
-    ratio_max, ratio_sums = 0.0, {"clip_low": 0.0, "clip_high": 0.0, "approx_kl": 0.0}
+    whole, ratio_max, ratio_sums = 0, 0.0, {"clip_low": 0.0, "clip_high": 0.0, "approx_kl": 0.0}
     for index in table.micro_batches(batch, settings.micro_batch_tokens):
         micro = table.take(batch, index)
         mask_BT = table.response_mask(micro)
+        whole += micro["token_BL"].numel()
 
         if critic:
             value_BT = model.critic_values(critic, micro)
@@ -96,4 +97,5 @@ def backward(policy, critic, batch, settings, kernels):
         for name, total in ratios.items():
             ratio_sums[name] += total.item()
     tokens = int(batch["length_B"].sum())
-    return sums | {name: total / tokens for name, total in ratio_sums.items()} | {"ratio_max": ratio_max}
+    sums |= {"padding": 1 - (tokens + int(batch["prompt_length_B"].sum())) / whole, "ratio_max": ratio_max}
+    return sums | {name: total / tokens for name, total in ratio_sums.items()}

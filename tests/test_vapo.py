@@ -92,8 +92,18 @@ def test_gradients_do_not_depend_on_the_micro_batch_split(pair, rows, only):
     for policy_gradient, critic_gradient, metrics in results[1:]:
         torch.testing.assert_close(policy_gradient, results[0][0], rtol=0, atol=tolerance * results[0][0].abs().max().item())
         torch.testing.assert_close(critic_gradient, results[0][1], rtol=0, atol=tolerance * results[0][1].abs().max().item())
-        assert metrics == pytest.approx(results[0][2], rel=10 * tolerance, abs=10 * tolerance)
+        assert 0 <= metrics.pop("padding") <= 1
+        assert metrics == pytest.approx(
+            {name: number for name, number in results[0][2].items() if name != "padding"}, rel=10 * tolerance, abs=10 * tolerance
+        )
     assert results[0][0].abs().max() > 1e-3 and results[0][1].abs().max() > 1e-3
+    assert results[0][2]["padding"] > 0  # all rows side by side; one by one there is none
+
+
+def test_rows_one_by_one_have_no_padding(pair, rows):
+    length_B = rows["prompt_length_B"] + rows["length_B"]
+    for tokens, padding in ((1, 0), (10_000, 1 - length_B.sum().item() / (len(length_B) * length_B.max().item()))):
+        assert gradients(pair, rows, replace(SETTINGS, micro_batch_tokens=tokens))[2]["padding"] == pytest.approx(padding)
 
 
 def test_padding_content_never_matters_for_gradients(pair, rows):
