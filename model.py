@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.modeling_layers import GenericForTokenClassification
+from transformers.modeling_layers import GenericForTokenClassification, GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, MODEL_MAPPING
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -74,6 +74,19 @@ def refresh(sampler, policy):
     if sampler is not policy:
         for copied, parameter in zip(sampler.parameters(), policy.parameters()):
             copied.copy_(parameter)
+
+
+def checkpoint_gradients(network, wanted):
+    """Under --gradient_checkpointing, has the layers of policy or critic made again in the backward pass.
+
+    Raises: BadInput if the architecture cannot.
+    """
+    if wanted:
+        able = network.supports_gradient_checkpointing and any(isinstance(part, GradientCheckpointingLayer) for part in network.modules())
+        require(able, f"{type(network).__name__} has no gradient checkpointing: leave --gradient_checkpointing out")
+        enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable  # the older name
+        enable({"use_reentrant": False})
+    return network
 
 
 def load_critic(path, device, mean_reward=0.0, dtype="auto"):
@@ -176,7 +189,12 @@ def response_hidden(trunk, rows, shift=0):
     rows: token_BL, prompt_length_B and length_B, as `rollout.sample` returns them; T = the longest response here.
     Positions past a row's end repeat its last one; they are padding, and weightless.
     """
+    layers = [layer for layer in trunk.modules() if getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled()]
+    for layer in layers:  # transformers makes a layer again only in train mode, which nothing inside it gets: no dropout
+        layer.training = True
     hidden_BLD = trunk(input_ids=rows["token_BL"], use_cache=False).last_hidden_state
+    for layer in layers:
+        layer.training = False
     width = int(rows["length_B"].max())
     position_BT = rows["prompt_length_B"][:, None] - 1 + shift + torch.arange(width, device=hidden_BLD.device)
     position_BT = position_BT.clamp(max=hidden_BLD.shape[1] - 1)

@@ -84,6 +84,8 @@ class RunSettings:
         16384, "tokens of a forward and backward pass, padding included; changes memory and speed, never a gradient"
     )
 
+    gradient_checkpointing: bool = flag(False, "make the layers' activations again in the backward pass: less memory, a third more time")
+
     def check(self, needs_train=True):
         """Checks ranges, and that there is what no default can stand for. Raises: BadInput."""
         for name in ("prompt_length", "response_length", "sample_rows", "micro_batch_tokens"):

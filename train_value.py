@@ -263,6 +263,7 @@ def main(argv=None):
         return known | {"slip_auc": truth.auc(*drops)}
 
     critic = model.load_critic(settings.init or settings.model, device, fit_rows["reward_B"].mean().item(), settings.dtype)
+    model.checkpoint_gradients(critic, settings.gradient_checkpointing)
     log = Log(out)
     write_json(out / "config.json", {"settings": to_argv(settings), "on": describe(device)})
     metrics, step = fit(settings, critic, fit_rows, held_out_rows, score, log)

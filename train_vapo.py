@@ -339,6 +339,8 @@ def main(argv=None):
     if not (run_dir / "config.json").exists():
         write_json(run_dir / "config.json", {"settings": to_argv(settings), "on": describe(device)})
     critic = None if settings.critic_free else model.load_critic(starting_critic(settings, run_dir), device, dtype=settings.dtype)
+    for network in (policy, critic) if critic else (policy,):
+        model.checkpoint_gradients(network, settings.gradient_checkpointing)
     log = Log(run_dir, after=state["step"] if state else -1)
     before, after = train(settings, run_dir, policy, critic, tokenizer, data[0], test_problems, log, state)
     log.close()

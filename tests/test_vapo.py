@@ -100,6 +100,22 @@ def test_gradients_do_not_depend_on_the_micro_batch_split(pair, rows, only):
     assert results[0][2]["padding"] > 0  # all rows side by side; one by one there is none
 
 
+def test_gradient_checkpointing_runs_the_layers_twice_and_changes_no_gradient(pair, rows):
+    layers = [pair[0].model.layers[0], pair[1].model.layers[0]]
+    runs = {layer: [] for layer in layers}
+    for layer in layers:
+        layer.mlp.register_forward_pre_hook(lambda *_, layer=layer: runs[layer].append(torch.is_grad_enabled()))
+    expected = gradients(pair, rows, SETTINGS)
+    once = [len(runs[layer]) for layer in layers]
+    for network in pair[:2]:
+        model.checkpoint_gradients(network, True)
+    again = gradients(pair, rows, SETTINGS)
+    assert [len(runs[layer]) for layer in layers] == [3 * count for count in once]  # one pass more, and its repetition
+    for ours, theirs in zip(again[:2], expected):
+        torch.testing.assert_close(ours, theirs)
+    assert not any(part.training for network in pair[:2] for part in network.modules())  # a sampler would lose its cache
+
+
 def test_rows_one_by_one_have_no_padding(pair, rows):
     length_B = rows["prompt_length_B"] + rows["length_B"]
     for tokens, padding in ((1, 0), (10_000, 1 - length_B.sum().item() / (len(length_B) * length_B.max().item()))):
