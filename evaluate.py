@@ -14,9 +14,8 @@ from collections import Counter
 from math import comb
 from pathlib import Path
 
-import model
 from equality import canonical
-from rollout import judge, sample, verifier_of
+from rollout import judge, sample, sampler_of, verifier_of
 from run import Log, describe, seeded_generator, to_argv, write_json
 from table import describe_samples, texts
 from verifier import extract_answer
@@ -86,7 +85,7 @@ def evaluate_only(settings, run_dir, policy, tokenizer, problems):
     in results.jsonl, a few answers in samples.jsonl. Returns: the metrics of `evaluate`, and run_dir."""
     samples, run_dir = settings.samples, Path(run_dir)
     metrics, rows, results = evaluate(
-        model.sampling_copy(policy), tokenizer, problems, samples, settings, verifier_of(settings), progress="evaluation"
+        sampler_of(policy, settings), tokenizer, problems, samples, settings, verifier_of(settings), progress="evaluation"
     )
     write_json(run_dir / "config.json", {"settings": to_argv(settings), "on": describe(policy.device)})
     log = Log(run_dir)

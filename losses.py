@@ -30,6 +30,15 @@ def policy_loss(logp_BT, old_logp_BT, adv_BT, eps_low, eps_high):
     return -torch.minimum(ratio_BT * adv_BT, ratio_BT.clamp(1 - eps_low, 1 + eps_high) * adv_BT)
 
 
+def importance_weight(old_logp_BT, sampled_logp_BT, cap=None):
+    """Truncated importance weight of a token that the sampler drew from a slightly other distribution than training's
+    (another kernel, another precision): w_t = min(π_old(a_t|s_t) / π_sampler(a_t|s_t), C) (IMPALA, arXiv 1802.01561 §4.1).
+
+    It multiplies the policy loss of the token; without a cap all weights are 1.
+    """
+    return torch.ones_like(old_logp_BT) if cap is None else ratio(old_logp_BT, sampled_logp_BT).clamp(max=cap)
+
+
 def value_loss(value_BT, target_BT, old_value_BT=None, clip=None):
     """½ (V_t − target_t)². With `clip`, PPO's value clip: the larger of it and of V held within old ± clip.
 

@@ -30,11 +30,13 @@ def old_logprobs_and_values(policy, critic, rows, settings, kernels):
 
 
 def compute_advantages(rows, settings):
-    """Adds adv_BT and, where there is a critic, reward_BT, lam_B and target_BT to rows; returns the rows.
+    """Adds importance_BT, adv_BT and, where there is a critic, reward_BT, lam_B and target_BT to rows; returns the rows.
 
     Decoupled and length-adaptive GAE: VAPO §4.1, §4.2. Without a critic: the group-relative advantage of arXiv 2402.03300 §4.1.
     """
     mask_BT = table.response_mask(rows)
+    cap = settings.is_clip if settings.is_clip is not None else 2.0 * (settings.engine == "vllm")
+    rows["importance_BT"] = losses.importance_weight(rows["old_logp_BT"], rows["sampled_logp_BT"], cap or None) * mask_BT
     if settings.critic_free:
         rows["adv_BT"] = dapo.group_advantage(rows["reward_B"], settings.samples)[:, None] * mask_BT
         return rows
@@ -86,7 +88,7 @@ def backward(policy, critic, batch, settings, kernels):
 
         logp_BT, _ = model.policy_logprobs(policy, micro, settings.temperature, kernels.logprobs)
         policy_loss_BT = kernels.policy_loss(logp_BT, micro["old_logp_BT"], micro["adv_BT"], settings.eps_low, eps_high)
-        policy_loss = (policy_loss_BT * micro["policy_weight_BT"]).sum()
+        policy_loss = (policy_loss_BT * micro["policy_weight_BT"] * micro["importance_BT"]).sum()
         nll_loss = (losses.nll_loss(logp_BT) * micro["nll_weight_BT"]).sum()
         (policy_loss + mu * nll_loss).backward()
 

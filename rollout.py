@@ -1,11 +1,12 @@
 """Sampling many answers to many prompts, and judging them.
 
-`sample` writes a batch of answers as a table of rows (table.py): two engines, the same distribution.
+`sample` writes a batch of answers as a table of rows (table.py): the engines differ, the distribution does not.
 slots: a fixed number of slots, one answer each. Prompts are read once and their cache copied for the samples; an answer that
     ends leaves its slot to one that waits, so short answers never wait for long ones. All slots write at one common column,
     `now`: a row that enters finds its prompt in the columns just before. Its tokens stand side by side, as with left padding,
     so that one copy serves all rows and the model's own masks, sliding windows too, are right as they are.
 hf: transformers' `generate`, the plain reference.
+A third, vllm, stands in vllm_engine.py.
 
 Shapes: B = P·G rows for P prompts with G samples each, the samples of one prompt side by side; L prompt + response tokens;
 T response tokens; R slots, K columns of the cache; V vocabulary; H heads, D width of a head.
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from transformers import Cache, DynamicCache, TopPLogitsWarper
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+import model
 import table
 from dapo import mixed_groups
 from math_verifier import MathVerifier
@@ -41,6 +43,20 @@ def next_problems(problems, count, order):
     return chosen
 
 
+def sampler_of(policy, settings):
+    """What `sample` takes as the policy, for --engine: the policy itself, a bfloat16 copy of it, or vLLM with its weights."""
+    if settings.engine == "vllm":
+        from vllm_engine import engine
+
+        return engine(settings, policy)
+    return model.sampling_copy(policy)
+
+
+def refresh(sampler, policy):
+    """Gives what `sampler_of` made the policy's weights of now."""
+    sampler.refresh(policy) if hasattr(sampler, "refresh") else model.refresh(sampler, policy)
+
+
 @torch.no_grad()
 def sample(
     policy, tokenizer, problems, samples, max_tokens, temperature, generator, sample_rows=256, progress=None, top_p=1.0, engine="slots"
@@ -60,6 +76,8 @@ def sample(
     bar = tqdm(total=len(prompts) * samples, desc=progress, unit="answer", disable=progress is None, leave=False)
     if engine == "slots":
         columns = sample_in_slots(policy, prompts, samples, max_tokens, pick, generator, eos_N, sample_rows, bar)
+    elif engine == "vllm":
+        columns = policy.answers(prompts, samples, max_tokens, temperature, top_p, generator, eos_N, bar)
     else:
         columns = sample_with_generate(policy, prompts, samples, max_tokens, temperature, top_p, generator, eos_N, sample_rows, bar)
     bar.close()

@@ -79,7 +79,10 @@ class RunSettings:
     reward_correct: float = flag(1.0, "reward of a correct answer")
     reward_wrong: float = flag(0.0, "reward of a wrong answer")
     sample_rows: int = flag(256, "answers that are sampled side by side")
-    engine: Literal["slots", "hf"] = flag("slots", "slots: the fast sampler of rollout.py; hf: transformers' generate, the plain reference")
+    engine: Literal["slots", "hf", "vllm"] = flag(
+        "slots", "slots: the fast sampler of rollout.py; hf: transformers' generate, the plain reference; vllm: vLLM, where it is installed"
+    )
+    vllm_memory: float = flag(0.3, "--engine vllm: share of the GPU's memory for its weights and cache")
     micro_batch_tokens: int = flag(
         16384, "tokens of a forward and backward pass, padding included; changes memory and speed, never a gradient"
     )
@@ -90,8 +93,12 @@ class RunSettings:
         """Checks ranges, and that there is what no default can stand for. Raises: BadInput."""
         for name in ("prompt_length", "response_length", "sample_rows", "micro_batch_tokens"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
-        installed = self.verifier != "math_verify" or importlib.util.find_spec("math_verify")
-        require(bool(installed), "--verifier math_verify needs the package math-verify: pip install math-verify")
+        require(0 < self.vllm_memory <= 1, "--vllm_memory is a share: above 0, at most 1")
+        for flags, wanted, package in (
+            ("--verifier math_verify", self.verifier == "math_verify", "math-verify"), ("--engine vllm", self.engine == "vllm", "vllm"),
+        ):  # fmt: skip
+            installed = not wanted or importlib.util.find_spec(package.replace("-", "_"))
+            require(bool(installed), f"{flags} needs the package {package}: pip install {package}")
         require(self.temperature > 0, "--temperature must be positive")
         require("{problem}" in self.prompt_template, "--prompt_template must contain {problem}")
         require(bool(self.train) or not needs_train, 'give --train FILE: say, a JSONL of {"problem": ..., "answer": ...}')

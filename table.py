@@ -89,6 +89,7 @@ def rollout_metrics(rows):
         "truncated": 1 - rows["stop_B"].float().mean(),
         "entropy": (rows["entropy_BT"] * mask_BT).sum() / tokens,
         "sampler_gap": ((rows["sampled_logp_BT"] - rows["old_logp_BT"]).abs() * mask_BT).sum() / tokens,
+        "importance": (rows["importance_BT"] * mask_BT).sum() / tokens,
         "advantage": (rows["adv_BT"] * mask_BT).sum() / tokens,
     }
     if "old_value_BT" in rows:

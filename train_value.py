@@ -109,7 +109,8 @@ def sampled_answers(settings, out, policy, tokenizer, problems):
     passes = -(-groups // len(problems))  # a short file is asked several times
     chosen = torch.cat([torch.randperm(len(problems), generator=order) for _ in range(passes)])[:groups]
     rows = rollout.sample(
-        model.sampling_copy(policy), tokenizer, [problems[i] for i in chosen.tolist()], settings.samples, settings.response_length, settings.temperature,
+        rollout.sampler_of(policy, settings), tokenizer, [problems[i] for i in chosen.tolist()], settings.samples, settings.response_length,
+        settings.temperature,
         seeded_generator(settings.seed, "pretraining answers", policy.device), settings.sample_rows, progress="value: sampling",
         engine=settings.engine,
     )  # fmt: skip

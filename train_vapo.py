@@ -103,6 +103,10 @@ class Settings(RunSettings):
     eps_high: float = flag(0.28, "upper clip range")
     mu: float = flag(0.1, "weight of the positive-example NLL")
     value_clip: float = flag(0.0, "clip range of the value loss around the old values; 0: none")
+    is_clip: float = flag(
+        None,
+        "cap of the importance weights that correct for the sampler's own log-probs; 0: no correction; default: 2 with --engine vllm, else 0",
+    )
     whiten: bool = flag(False, "whiten the advantages over the rollout")
 
     critic_free: bool = flag(False, "no critic: one advantage an answer, relative to its group (GRPO, DAPO); pieces 1 to 3 have no part")
@@ -134,6 +138,7 @@ class Settings(RunSettings):
             require(getattr(self, name) > 0, f"--{name} must be positive")
         for name in ("lam_policy", "lam_critic", "overlong"):
             require(0 <= getattr(self, name) <= 1, f"--{name} must be between 0 and 1")
+        require(self.is_clip is None or self.is_clip == 0 or self.is_clip >= 1, "--is_clip is 0 or at least 1")
         require(0 < self.eps_low < 1, "--eps_low must be between 0 and 1")
         require(0 < self.eval_top_p <= 1, "--eval_top_p is a probability: above 0, at most 1")
         if self.critic_free:  # a switch that would change nothing is refused
@@ -173,7 +178,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
         "mini_batch": seeded_generator(settings.seed, "mini-batches"),
     }
     order = {"generator": generators["order"], "queue": []}
-    sampler, verify = model.sampling_copy(policy), rollout.verifier_of(settings)
+    sampler, verify = rollout.sampler_of(policy, settings), rollout.verifier_of(settings)
     # Piece 7, group sampling: few prompts with many samples each, or as many answers to as many prompts.
     prompts, samples = (settings.prompts, settings.samples) if settings.group_sampling else (settings.prompts * settings.samples, 1)
 
@@ -212,7 +217,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
     else:
         for name, learner in learners.items():
             learner.load_state_dict(state[name])
-        model.refresh(sampler, policy)
+        rollout.refresh(sampler, policy)
         for name, source in generators.items():
             source.set_state(state[f"{name}_generator"])
         order["queue"], first, sampled = state["queue"], state["step"], state["sampled"]
@@ -241,7 +246,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
                 learners[f"{name}_scheduler"].step()
                 learners[f"{name}_optimizer"].zero_grad()
             updates.append(metrics)
-        model.refresh(sampler, policy)
+        rollout.refresh(sampler, policy)
         clock.append(time.time())
 
         sampled += drawn["answers"]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from losses import nll_loss, policy_loss, ratio_metrics, token_weights, value_loss
+from losses import importance_weight, nll_loss, policy_loss, ratio_metrics, token_weights, value_loss
 
 
 def mask(*lengths, width=None):
@@ -102,6 +102,13 @@ def test_value_loss_by_hand():
     torch.testing.assert_close(clipped_BT, torch.tensor([[0.5, 2.0]]))
     clipped_BT = value_loss(torch.tensor([[0.9]]), torch.tensor([[1.0]]), torch.tensor([[0.5]]), 0.2)
     torch.testing.assert_close(clipped_BT, torch.tensor([[0.5 * 0.3**2]]))
+
+
+def test_importance_weights_by_hand():
+    # twice as likely in training as the sampler thought; half; four times: cut at 2; padding: 1
+    old_BT, sampled_BT = torch.tensor([[0.5, 0.2, 0.8, 1.0]]).log(), torch.tensor([[0.25, 0.4, 0.2, 1.0]]).log()
+    torch.testing.assert_close(importance_weight(old_BT, sampled_BT, cap=2.0), torch.tensor([[2.0, 0.5, 2.0, 1.0]]))
+    assert importance_weight(old_BT, sampled_BT).tolist() == [[1, 1, 1, 1]]
 
 
 def test_ratio_metrics_by_hand():

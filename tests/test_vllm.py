@@ -1,0 +1,88 @@
+"""vllm_engine.py, where vLLM is installed; on a CPU that is an environment of its own (see the module)."""
+
+import importlib.util
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_bad_input import fails_with
+from test_rollout import deviation
+from test_vapo import metrics_of, vapo_run
+
+import model
+import problems as problem_files
+import rollout
+import table
+import train_vapo
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+LENGTH = {"prompt_length": 300, "response_length": 24}
+
+
+@pytest.fixture(scope="session")
+def base(world, tmp_path_factory):
+    """The world's base model, with room for prompts that fill a block of vLLM's prefix cache; a directory."""
+    base = shutil.copytree(world / "base", tmp_path_factory.mktemp("vllm") / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    return str(base)
+
+
+@pytest.fixture
+def sampler(base):
+    """(engine, the policy that it samples from, tokenizer); the engine is the process's only one."""
+    import vllm_engine
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    policy = model.load_policy(base, device, "float32")
+    settings = SimpleNamespace(model=base, sample_rows=256, seed=0, vllm_memory=0.2, **LENGTH)
+    return vllm_engine.engine(settings, policy), policy, model.load_tokenizer(base)
+
+
+def asked(world, tokenizer, count):
+    problems = problem_files.load_problems(world / "train.jsonl")[:count]
+    problem_files.encode_prompts(problems, tokenizer, "{problem}:", 8)
+    return problems
+
+
+@needs_vllm
+def test_vllm_draws_from_the_distribution_of_the_model(world, sampler):
+    engine, policy, tokenizer = sampler
+    problems = asked(world, tokenizer, 1)
+    rows = rollout.sample(engine, tokenizer, problems, 3_000, 2, 1.0, torch.Generator().manual_seed(0), engine="vllm")
+    assert deviation(rows, policy, tokenizer, problems[0]["prompt"]) < 5
+
+
+@needs_vllm
+def test_vllm_is_reproducible_and_has_the_weights_and_log_probs_of_training_after_every_update(world, sampler):
+    engine, policy, tokenizer = sampler
+    for temperature in (1.0, 0.6):
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        rollout.refresh(engine, policy)
+        problems = asked(world, tokenizer, 12)
+        problems[0]["prompt"] = problems[0]["prompt"][:3] * 95  # fills a block of the prefix cache, or two
+        common = (engine, tokenizer, problems, 4, 24, temperature)
+        rows, again = (rollout.sample(*common, torch.Generator().manual_seed(1), engine="vllm") for _ in range(2))
+        assert torch.equal(rows["token_BL"], again["token_BL"]) and len(rows["length_B"].unique()) > 3
+        logp_BT, _ = model.policy_logprobs(policy, rows, temperature)
+        on_BT = table.response_mask(rows).bool()
+        torch.testing.assert_close(logp_BT[on_BT], rows["sampled_logp_BT"][on_BT], rtol=0, atol=1e-4)
+
+
+@needs_vllm
+def test_a_run_samples_with_vllm_and_corrects_for_it(world, base, tmp_path):
+    lengths = [f"--model={base}"] + [f"--{name}={value}" for name, value in LENGTH.items()]
+    vapo_run(world, tmp_path, "--steps=3", "--engine=vllm", "--sample_rows=256", "--dtype=float32", *lengths)
+    lines = metrics_of(tmp_path)[1:]
+    assert len(lines) == 3 and all(line["sampler_gap"] < 1e-5 and abs(line["importance"] - 1) < 1e-5 for line in lines)
+    assert json.loads((tmp_path / "config.json").read_text())["settings"].count("--engine=vllm") == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_without_vllm_one_line_says_what_to_install(world, tmp_path, capsys):
+    argv = [f"@{world}/train_vapo.args", "--engine=vllm", f"--out={tmp_path}/run", "--pretrain_answers=16"]
+    fails_with(capsys, train_vapo.main, argv, "--engine vllm needs the package vllm")

