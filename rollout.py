@@ -28,6 +28,7 @@ from run import BadInput, require
 from verifier import verify
 
 END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>")
+STATIC_COLUMNS = 256  # the fewest that a compiled step looks at
 COMPACT_BELOW = 0.75  # with no answer waiting, slots are given up when less than this share of them is in use
 FIRST_COLUMNS = 64  # of the cache, beyond the longest prompt; the table doubles as answers need it
 STEPS_UNSEEN = 8  # tokens between two looks at what has ended, on a device that a look would hold up
@@ -49,7 +50,10 @@ def sampler_of(policy, settings):
         from vllm_engine import engine
 
         return engine(settings, policy)
-    return model.sampling_copy(policy)
+    sampler = model.sampling_copy(policy)
+    if settings.compile_decode:  # its weights are updated in place: once is enough
+        sampler.compiled = torch.compile(sampler.forward, mode="reduce-overhead", dynamic=False)
+    return sampler
 
 
 def refresh(sampler, policy):
@@ -124,13 +128,16 @@ def sample_in_slots(policy, prompts, samples, max_tokens, pick, generator, eos_N
     last_R, position_R = torch.zeros(2, slots, dtype=torch.long, device=device)  # its last token, and where that stands
     longest_prompt = max(map(len, prompts))
     cache, entered, read_from, read_to = None, 0, 0, 0
+    compiled = getattr(policy, "compiled", None)
+    # A power of two, a quarter of which is free when the longest answer has ended: enough to move rows left, not to double.
+    static = max(STATIC_COLUMNS, 1 << (4 * (longest_prompt + max_tokens) // 3).bit_length()) if compiled else 0
     while True:
         free_R = (row_R == answers).nonzero()[:, 0]
         while entered < answers and len(free_R):
             if entered == read_to * samples:  # the next prompts, as many as could fill all slots, are read at once
                 read_from, read_to = read_to, min(len(prompts), read_to + max(1, slots // samples))
                 read, prompt_PL, prompt_length_P = read_prompts(policy, prompts[read_from:read_to])
-                cache = cache or Slots(read, slots, longest_prompt - 1)
+                cache = cache or Slots(read, slots, longest_prompt - 1, static)
             count = min(len(free_R), read_to * samples - entered)
             enter_R, free_R = free_R[:count], free_R[count:]
             row_R[enter_R] = torch.arange(entered, entered + count, device=device)
@@ -140,8 +147,10 @@ def sample_in_slots(policy, prompts, samples, max_tokens, pick, generator, eos_N
             entered += count
         for _ in range(steps_unseen):
             cache.make_room(row_R < answers, longest_prompt)
+            if compiled:
+                torch.compiler.cudagraph_mark_step_begin()
             with autocast(policy):
-                logit_RV = policy(
+                logit_RV = (compiled or policy)(
                     input_ids=last_R[:, None], attention_mask=cache.mask(), position_ids=position_R[:, None],
                     past_key_values=cache, use_cache=True,
                 ).logits[:, -1]  # fmt: skip
@@ -158,7 +167,7 @@ def sample_in_slots(policy, prompts, samples, max_tokens, pick, generator, eos_N
         bar.update(entered - alive - bar.n)
         if alive == 0 and entered == answers:
             return token_BT[:-1], logp_BT[:-1], length_B[:-1], stop_B[:-1]
-        if entered == answers and alive < COMPACT_BELOW * len(row_R):
+        if not compiled and entered == answers and alive < COMPACT_BELOW * len(row_R):
             keep = (row_R < answers).nonzero()[:, 0]
             row_R, last_R, position_R = row_R[keep], last_R[keep], position_R[keep]
             cache.keep(keep)
@@ -184,18 +193,24 @@ class Slots(Cache):
     """Keys and values of R slots in K columns, written in place; the columns in use are 0 to `now`, which is next.
 
     A slot's tokens stand in columns start_R to now. When the columns run out, all rows move left to where the longest
-    begins; when that is not enough, the table doubles.
+    begins; when that is not enough, the table doubles. With `static` columns, as many as can ever be needed, for a compiled
+    model: nothing of the table but its contents changes.
     """
 
-    def __init__(self, read, slots, now):
-        super().__init__(layers=[SlotLayer(layer, slots, now + FIRST_COLUMNS) for layer in read.layers])
-        self.start_R = torch.full((slots,), now, device=read.layers[0].keys.device)
+    def __init__(self, read, slots, now, static=0):
+        columns = static or now + FIRST_COLUMNS
+        self.at_1 = torch.zeros(1, dtype=torch.long, device=read.layers[0].keys.device)
+        super().__init__(layers=[SlotLayer(layer, slots, columns, self.at_1, static) for layer in read.layers])
+        self.start_R, self.static = torch.full((slots,), now, device=self.at_1.device), static
         self.move_to(now)
 
     def move_to(self, now):
-        self.now = now
+        self.now, self.width = now, now + 1
+        if self.static:  # powers of two: each width is compiled, and there are few
+            self.width = max(STATIC_COLUMNS, 1 << now.bit_length())
+        self.at_1.fill_(now)
         for layer in self.layers:
-            layer.now = now
+            layer.now, layer.width = self.now, self.width
 
     def enter(self, enter_R, read, prompt_R, length_R):
         """Copies the first `length` tokens of prompts `prompt_R` of the cache `read` into the columns before `now`."""
@@ -207,7 +222,8 @@ class Slots(Cache):
 
     def mask(self):
         """mask_RK: 1 on the columns that a slot may see, `now` included."""
-        return (torch.arange(self.now + 1, device=self.start_R.device) >= self.start_R[:, None]).long()
+        column_K = torch.arange(self.width, device=self.start_R.device)
+        return ((column_K >= self.start_R[:, None]) & (column_K <= self.now)).long()
 
     def advance(self):
         self.move_to(self.now + 1)
@@ -241,20 +257,24 @@ class SlotLayer(CacheLayerMixin):
 
     is_sliding = False  # the window is the mask's business; all columns are kept
 
-    def __init__(self, like, slots, columns):
+    def __init__(self, like, slots, columns, at_1, static):
         super().__init__()
         self.keys, self.values = (x.new_zeros(slots, x.shape[1], columns, x.shape[3]) for x in (like.keys, like.values))
-        self.is_initialized = True
+        self.at_1, self.static, self.is_initialized = at_1, static, True
+        if static:  # a CUDA graph may write to them
+            for tensor in (self.keys, self.values, at_1):
+                torch._dynamo.mark_static_address(tensor)
 
     def update(self, key_RH1D, value_RH1D, *args, **kwargs):
-        self.keys[:, :, self.now : self.now + 1], self.values[:, :, self.now : self.now + 1] = key_RH1D, value_RH1D
-        return self.keys[:, :, : self.now + 1], self.values[:, :, : self.now + 1]
+        self.keys.index_copy_(2, self.at_1, key_RH1D)
+        self.values.index_copy_(2, self.at_1, value_RH1D)
+        return self.keys[:, :, : self.width], self.values[:, :, : self.width]
 
     def get_mask_sizes(self, query_length):
-        return self.now + query_length, 0
+        return self.width, 0
 
     def get_seq_length(self):
-        return self.now
+        return self.at_1[0] if self.static else self.now
 
     def get_max_length(self):
         return -1

@@ -78,6 +78,7 @@ class RunSettings:
     bare_number: bool = flag(False, "an answer that states none in the forms of verifier.py is its last number")
     reward_correct: float = flag(1.0, "reward of a correct answer")
     reward_wrong: float = flag(0.0, "reward of a wrong answer")
+    compile_decode: bool = flag(False, "--engine slots: torch.compile the step of the sampler, as CUDA graphs there (slower on a CPU)")
     sample_rows: int = flag(256, "answers that are sampled side by side")
     engine: Literal["slots", "hf", "vllm"] = flag(
         "slots", "slots: the fast sampler of rollout.py; hf: transformers' generate, the plain reference; vllm: vLLM, where it is installed"
@@ -93,6 +94,7 @@ class RunSettings:
         """Checks ranges, and that there is what no default can stand for. Raises: BadInput."""
         for name in ("prompt_length", "response_length", "sample_rows", "micro_batch_tokens"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
+        require(self.engine == "slots" or not self.compile_decode, "--compile_decode is for --engine slots")
         require(0 < self.vllm_memory <= 1, "--vllm_memory is a share: above 0, at most 1")
         for flags, wanted, package in (
             ("--verifier math_verify", self.verifier == "math_verify", "math-verify"), ("--engine vllm", self.engine == "vllm", "vllm"),

@@ -1,6 +1,7 @@
 """rollout.py and model.py: what the sampler says is what training sees, whatever the padding."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +118,31 @@ def test_a_slot_whose_answer_has_ended_stands_still(policy, tokenizer, problems,
     longest = 128 - max(len(problem["prompt"]) for problem in problems)
     rows = draw_answers(policy, tokenizer, problems, samples=3, max_tokens=longest, sample_rows=4)
     assert rows["length_B"].max() == longest and not rows["stop_B"].all()
+
+
+def test_a_compiled_step_draws_the_same_answers_and_is_compiled_once_a_width(policy, tokenizer, problems, monkeypatch):
+    monkeypatch.setattr(rollout, "STATIC_COLUMNS", 32)
+    monkeypatch.setattr(rollout, "COMPACT_BELOW", 0.0)  # a compiled step keeps its slots: the same random numbers for both
+    columns = []
+    monkeypatch.setattr(rollout.Slots, "move_to", lambda self, now, move=rollout.Slots.move_to: columns.append(now) or move(self, now))
+    common = {"samples": 16, "max_tokens": 14, "sample_rows": 4}
+    eager = draw_answers(policy, tokenizer, problems, **common)
+    torch._dynamo.reset()
+    sampler = rollout.sampler_of(policy, SimpleNamespace(engine="slots", compile_decode=True))
+    columns.clear()
+    compiled = draw_answers(sampler, tokenizer, problems, **common)
+    assert max(columns) == 64 and any(after < before for before, after in zip(columns, columns[1:]))  # rows moved in a table of 64
+    if policy.device.type == "cpu":
+        assert torch.equal(compiled["token_BL"], eager["token_BL"]) and torch.equal(compiled["length_B"], eager["length_B"])
+        torch.testing.assert_close(compiled["sampled_logp_BT"], eager["sampled_logp_BT"], rtol=0, atol=1e-4)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.1)
+    rollout.refresh(sampler, policy)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        again = draw_answers(sampler, tokenizer, problems, **common)
+    logp_BT, _ = model.policy_logprobs(policy, again, 1.0)
+    torch.testing.assert_close(again["sampled_logp_BT"], logp_BT, rtol=0, atol=1e-4 if policy.device.type == "cpu" else 0.1)
 
 
 def test_greedy_sampling_equals_generate(policy, tokenizer, problems):
