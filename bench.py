@@ -3,6 +3,8 @@
     python bench.py                                 # every part, ten to twenty minutes on 2 cores
     python bench.py --parts gae logprobs            # some of them
     python bench.py --dtype bfloat16 --json out.json
+    python bench.py --scale                         # how a step grows with the length and the number of the answers
+    python bench.py --parts vllm --models toy       # where vLLM is installed
 
 Both sides of a comparison take turns, --repeats times. The table has the median time of each, how many times as fast ours is
 (median of the turns' ratios, and the lowest and highest of them), and the peak of memory beyond the inputs where it matters.
@@ -11,6 +13,7 @@ Two models: the toy of the default run, whose answers have 3 to 150 tokens, and 
 """
 
 import copy
+import ctypes
 import importlib.util
 import statistics
 import tempfile
@@ -35,6 +38,11 @@ import table
 import toy
 from run import describe, exit_on_bad_input, flag, parse_settings, pick_device, require, seeded_generator, write_json
 
+SCALE = {  # answers, and tokens of each
+    "lengths": [(4, 1024), (4, 2048), (4, 4096), (4, 8192), (4, 16384)],
+    "answers": [(64, 256), (256, 256), (1024, 256), (4096, 256)],
+    "micro_batch_tokens": 16_400,  # one answer of 16,384, with its prompt
+}
 OPTIONAL = ("vllm",)  # needs packages of its own: `pip install vllm`, one of --models at a time
 LONG = {"vocab": 151_936, "width": 896, "tokens": 2048}  # of the log-probs: Qwen2.5-0.5B's output matrix, 2,048 tokens
 
@@ -49,6 +57,7 @@ class Settings:
     repeats: int = flag(5, "turns of each side")
     device: str = flag("auto", "auto (cuda if there is one), cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "dtype of the arithmetic of the models; auto: bfloat16 on cuda")
+    scale: bool = flag(False, "instead of the parts: how time and memory of a step grow, from 1k to 16k tokens, from 64 to 4,096 answers")
     json: str = flag("", "also write the numbers to this file")
 
 
@@ -64,18 +73,19 @@ def seconds(function, device):
 
 
 def peak_bytes(function, device):
-    """Peak memory of one call beyond what was there before; None where it cannot be told (neither CUDA nor Linux)."""
+    """Peak memory of one call beyond what was there before; None where it cannot be told (neither CUDA nor Linux with glibc)."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
-    if not Path("/proc/self/statm").exists():
+    if not (Path("/proc/self/statm").exists() and hasattr(ctypes.CDLL(None), "malloc_trim")):
         return None
 
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before and kept for later would hide in the difference
     before, peak, done = resident(), [0], threading.Event()
 
     def watch():
@@ -315,6 +325,90 @@ def bench_update(settings, device, name):
     yield side_by_side(f"update, {name}, 64 answers", "padded, whole logits", ours, plain, settings, device, memory=True)
 
 
+def bench_scale(settings, device):
+    """How the phases of a step grow with the length and with the number of the answers, on a tiny model: microseconds a token
+    (in brackets what attention alone takes of it, measured on the same shapes), and the peak memory of the update.
+
+    Attention's share of a token grows with the length; nothing else should, and memory only with --micro_batch_tokens.
+    """
+    torch.manual_seed(0)
+    heads, width, words, layers = 2, 64, 512, 2
+    config = Qwen2Config(
+        vocab_size=words, hidden_size=width, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads, bos_token_id=None, pad_token_id=None, eos_token_id=None, max_position_embeddings=32768,
+    )  # fmt: skip
+    policy = AutoModelForCausalLM.from_config(config).to(device).eval()
+    policy.logit_treatment, policy.arithmetic = model.measure_logits(policy), model.arithmetic(settings.dtype, device)
+    critic = copy.deepcopy(policy)
+    critic.score = torch.nn.Linear(width, 1, device=device)
+    endless = SimpleNamespace(eos_token_id=words, added_tokens_decoder={})  # a word that is never drawn: all answers are of full length
+    asked = SimpleNamespace(
+        temperature=1.0, micro_batch_tokens=SCALE["micro_batch_tokens"], clip_higher=True, eps_low=0.2, eps_high=0.28, mu=0.1,
+        positive_nll=True, token_level_loss=True, value_clip=0.0, critic_free=False, is_clip=0.0, length_adaptive_gae=True, alpha=0.05,
+        decoupled_gae=True, lam_critic=1.0, whiten=False,
+    )  # fmt: skip
+    kernels = SimpleNamespace(
+        logprobs=(logprobs.add_slice, logprobs.slice_gradient), policy_loss=losses.policy_loss, value_loss=losses.value_loss
+    )
+
+    def attention(rows, queries, keys, backward):
+        """Seconds of one layer's attention."""
+        query, key, value = (
+            torch.randn(rows, heads, n, width // heads, device=device, dtype=policy.arithmetic, requires_grad=backward)
+            for n in (queries, keys, keys)
+        )
+        mask = torch.ones(rows, 1, 1, keys, dtype=torch.bool, device=device) if queries == 1 else None  # as the sampler has it
+        turns = 20 if queries == 1 else 1
+
+        def turn():
+            for _ in range(turns):
+                out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+                if backward:
+                    out.sum().backward()
+
+        return min(seconds(turn, device)[0] for _ in range(2)) / turns
+
+    def step(answers, tokens):
+        """The line of one step of so many answers of so many tokens."""
+        problems, samples = [{"prompt": [1, 2, 3]}] * (answers // 4), 4
+        slots, generator = min(256, answers), seeded_generator(0, "bench", device)
+
+        def sampled():
+            return rollout.sample(policy, endless, problems, samples, tokens, 1.0, generator, slots)
+
+        def scored():
+            ppo.old_logprobs_and_values(policy, critic, rows, asked, kernels)
+            ppo.compute_advantages(rows, asked)
+
+        def updated():
+            ppo.backward(policy, critic, ppo.add_weights(dict(rows), asked), asked, kernels)
+
+        taken, alone = {}, {}
+        taken["sampling"], rows = seconds(sampled, device)
+        rows["correct_B"] = torch.arange(answers, device=device) % 2 == 0
+        rows["reward_B"] = rows["correct_B"].float()
+        taken["scoring"], _ = seconds(scored, device)
+        taken["update"], _ = seconds(updated, device)
+        memory = peak_bytes(updated, device)
+        at = [tokens * (2 * i + 1) // 16 for i in range(8)]  # the columns that a step of the sampler sees grow evenly
+        alone["sampling"] = sum(attention(slots, 1, columns, False) for columns in at) / 8 * layers * tokens * answers / slots
+        micro = max(1, min(answers, asked.micro_batch_tokens // (tokens + 3)))
+        alone["scoring"] = (
+            attention(min(answers, 4 * micro), tokens + 3, tokens + 3, False) * answers / min(answers, 4 * micro) * 2 * layers
+        )
+        alone["update"] = attention(micro, tokens + 3, tokens + 3, True) * answers / micro * 2 * layers
+        line = {"part": "scale", "answers": answers, "tokens": tokens, "update_bytes": memory}
+        for phase in taken:
+            line[f"{phase}_us"], line[f"{phase}_attention_us"] = (1e6 * x / (answers * tokens) for x in (taken[phase], alone[phase]))
+        phases = "   ".join(f"{phase} {line[f'{phase}_us']:7.1f} ({line[f'{phase}_attention_us']:6.1f})" for phase in taken)
+        print(f"{answers:5d} answers of {tokens:6d} tokens   {phases} us a token   update {memory / 1e6:6.0f} MB", flush=True)
+        return line
+
+    seconds(lambda: step(4, 64), device)  # warm-up, printed like the rest
+    for answers, tokens in SCALE["lengths"] + SCALE["answers"]:
+        yield step(answers, tokens)
+
+
 PARTS = {
     "gae": bench_gae,
     "logprobs": bench_logprobs,
@@ -338,8 +432,8 @@ def main(argv=None):
     device = pick_device(settings.device)
     on = describe(device)
     print("bench: " + ", ".join(f"{name} {value}" for name, value in on.items()))
-    lines = []
-    for part in settings.parts:
+    lines = list(bench_scale(settings, device)) if settings.scale else []
+    for part in () if settings.scale else settings.parts:
         if part in ("sampling", "vllm", "update"):
             for name in settings.models:
                 lines += PARTS[part](settings, device, name)
