@@ -354,22 +354,36 @@ def bench_scale(settings, device):
         logprobs=(logprobs.add_slice, logprobs.slice_gradient), policy_loss=losses.policy_loss, value_loss=losses.value_loss
     )
 
-    def attention(rows, queries, keys, backward):
-        """Seconds of one layer's attention."""
+    def attention(rows, tokens, backward):
+        """Seconds of one layer's attention over whole answers."""
         query, key, value = (
-            torch.randn(rows, heads, n, width // heads, device=device, dtype=policy.arithmetic, requires_grad=backward)
-            for n in (queries, keys, keys)
+            torch.randn(rows, heads, tokens, width // heads, device=device, dtype=policy.arithmetic, requires_grad=backward)
+            for _ in range(3)
         )
-        mask = torch.ones(rows, 1, 1, keys, dtype=torch.bool, device=device) if queries == 1 else None  # as the sampler has it
-        turns = 20 if queries == 1 else 1
 
         def turn():
-            for _ in range(turns):
-                out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
-                if backward:
-                    out.sum().backward()
+            out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+            if backward:
+                out.sum().backward()
 
-        return min(seconds(turn, device)[0] for _ in range(2)) / turns
+        return min(seconds(turn, device)[0] for _ in range(2))
+
+    def attention_while_sampling(rows, tokens):
+        """Seconds of all layers' attention of one step of the sampler, the mean over its steps: the columns it sees grow evenly."""
+        tables = [torch.randn(2, rows, heads, tokens, width // heads, device=device, dtype=policy.arithmetic) for _ in range(layers)]
+        query = torch.randn(rows, heads, 1, width // heads, device=device, dtype=policy.arithmetic)
+        taken = []
+        for columns in (tokens * (2 * i + 1) // 16 for i in range(8)):
+            mask = torch.ones(rows, 1, 1, columns, dtype=torch.bool, device=device)
+
+            def turn(
+                columns=columns, mask=mask
+            ):  # the layers in turn, as in the model: what one has read has left the CPU's cache when it comes again
+                for key, value in tables * 20:
+                    torch.nn.functional.scaled_dot_product_attention(query, key[:, :, :columns], value[:, :, :columns], attn_mask=mask)
+
+            taken.append(min(seconds(turn, device)[0] for _ in range(2)) / 20)
+        return sum(taken) / len(taken)
 
     def step(answers, tokens):
         """The line of one step of so many answers of so many tokens."""
@@ -393,13 +407,11 @@ def bench_scale(settings, device):
         taken["scoring"], _ = seconds(scored, device)
         taken["update"], _ = seconds(updated, device)
         memory = peak_bytes(updated, device)
-        at = [tokens * (2 * i + 1) // 16 for i in range(8)]  # the columns that a step of the sampler sees grow evenly
-        alone["sampling"] = sum(attention(slots, 1, columns, False) for columns in at) / 8 * layers * tokens * answers / slots
         micro = max(1, min(answers, asked.micro_batch_tokens // (tokens + 3)))
-        alone["scoring"] = (
-            attention(min(answers, 4 * micro), tokens + 3, tokens + 3, False) * answers / min(answers, 4 * micro) * 2 * layers
-        )
-        alone["update"] = attention(micro, tokens + 3, tokens + 3, True) * answers / micro * 2 * layers
+        more = min(answers, 4 * micro)
+        alone["sampling"] = attention_while_sampling(slots, tokens) * tokens * answers / slots
+        alone["scoring"] = attention(more, tokens + 3, False) * 2 * layers * answers / more  # of policy and critic
+        alone["update"] = attention(micro, tokens + 3, True) * 2 * layers * answers / micro
         line = {"part": "scale", "answers": answers, "tokens": tokens, "update_bytes": memory}
         for phase in taken:
             line[f"{phase}_us"], line[f"{phase}_attention_us"] = (1e6 * x / (answers * tokens) for x in (taken[phase], alone[phase]))
