@@ -27,7 +27,9 @@ from transformers.modeling_layers import GenericForTokenClassification, Gradient
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, MODEL_MAPPING
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+import distributed
 import logprobs
+from distributed import gathers
 from run import BadInput, require
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -50,7 +52,8 @@ def load_policy(path, device, dtype="auto", length=0):
 
     Raises: BadInput if it cannot be loaded, or has positions for fewer than `length` tokens of prompt and response.
     """
-    policy = loaded(AutoModelForCausalLM.from_pretrained, path, dtype=torch.float32).to(device).eval()
+    policy = loaded(AutoModelForCausalLM.from_pretrained, path, dtype=torch.float32).eval()
+    policy = policy if distributed.world() > 1 else policy.to(device)  # else `shard` moves it, layer by layer
     longest = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
     require(not longest or length <= longest, f"{path} has {longest} positions: lower --prompt_length + --response_length from {length}")
     policy.logit_treatment = measure_logits(policy)
@@ -59,7 +62,14 @@ def load_policy(path, device, dtype="auto", length=0):
 
 
 def sampling_copy(policy):
-    """The policy, to sample from: itself, or a copy with bfloat16 weights, which would otherwise be cast for every token."""
+    """The policy, to sample from: itself, or a copy with bfloat16 weights, which would otherwise be cast for every token.
+    Of a policy whose weights are shared out over processes: a whole copy."""
+    if distributed.world() > 1:
+        with torch.device(device_of(policy)):
+            sampler = AutoModelForCausalLM.from_config(policy.config, dtype=policy.arithmetic).eval()
+        sampler.generation_config, sampler.logit_treatment, sampler.arithmetic = policy.generation_config, policy.logit_treatment, policy.arithmetic
+        refresh(sampler, policy)
+        return sampler.requires_grad_(False)
     if policy.arithmetic == torch.float32:
         return policy
     sampler = copy.deepcopy(policy)
@@ -73,7 +83,7 @@ def refresh(sampler, policy):
     """Gives a copy made by `sampling_copy` the policy's weights of now."""
     if sampler is not policy:
         for copied, parameter in zip(sampler.parameters(), policy.parameters()):
-            copied.copy_(parameter)
+            copied.copy_(distributed.whole(parameter))
 
 
 def checkpoint_gradients(network, wanted):
@@ -110,7 +120,7 @@ def load_critic(path, device, mean_reward=0.0, dtype="auto"):
         elif not kind.endswith("ForTokenClassification"):
             head.bias.zero_()
     critic.arithmetic = arithmetic(dtype, device)
-    return critic.to(device).eval()
+    return critic.eval() if distributed.world() > 1 else critic.to(device).eval()
 
 
 def critic_class(config):
@@ -157,9 +167,14 @@ def arithmetic(dtype, device):
     return torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda") else torch.float32
 
 
+def device_of(network):
+    """Where it computes; with --cpu_offload its weights are elsewhere."""
+    return getattr(network, "computes_on", network.device)
+
+
 def autocast(network):
     """The network's arithmetic over its float32 weights."""
-    return torch.autocast(network.device.type, torch.bfloat16, enabled=network.arithmetic == torch.bfloat16)
+    return torch.autocast(device_of(network).type, torch.bfloat16, enabled=network.arithmetic == torch.bfloat16)
 
 
 @torch.no_grad()
@@ -201,6 +216,7 @@ def response_hidden(trunk, rows, shift=0):
     return hidden_BLD.gather(1, position_BT[..., None].expand(-1, -1, hidden_BLD.shape[2]))
 
 
+@gathers
 def policy_logprobs(policy, rows, temperature, kernels=(logprobs.add_slice, logprobs.slice_gradient)):
     """(logp_BT, entropy_BT) of the response tokens under the policy, float32, 0 on padding."""
     with autocast(policy):
@@ -214,6 +230,7 @@ def policy_logprobs(policy, rows, temperature, kernels=(logprobs.add_slice, logp
     return tuple(torch.zeros(on_BT.shape, device=on_BT.device).masked_scatter(on_BT, column_N) for column_N in of_tokens)
 
 
+@gathers
 def critic_values(critic, rows, shift=0):
     """value_BT: V of the state before each response token, float32 (`shift=1`: after it, where a reward model scores)."""
     with autocast(critic):

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import json
 import math
+import os
 import platform
 import random
 import shutil
@@ -21,6 +22,8 @@ from typing import Literal
 import torch
 import transformers
 from transformers import HfArgumentParser
+
+import distributed
 
 
 class BadInput(ValueError):
@@ -35,7 +38,8 @@ def exit_on_bad_input(main):
         try:
             return main(argv)
         except BadInput as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes say the same
+                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             raise SystemExit(2) from None
 
     return wrapped
@@ -88,6 +92,8 @@ class RunSettings:
         16384, "tokens of a forward and backward pass, padding included; changes memory and speed, never a gradient"
     )
 
+    cpu_offload: bool = flag(False, "torchrun: weights, gradients and optimiser states stay in the CPU's memory")
+    rank_timeout: float = flag(60.0, "torchrun: minutes that the processes wait for one of them")
     gradient_checkpointing: bool = flag(False, "make the layers' activations again in the backward pass: less memory, a third more time")
 
     def check(self, needs_train=True):
@@ -95,6 +101,7 @@ class RunSettings:
         for name in ("prompt_length", "response_length", "sample_rows", "micro_batch_tokens"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
         require(self.engine == "slots" or not self.compile_decode, "--compile_decode is for --engine slots")
+        require(self.rank_timeout > 0, "--rank_timeout must be positive")
         require(0 < self.vllm_memory <= 1, "--vllm_memory is a share: above 0, at most 1")
         for flags, wanted, package in (
             ("--verifier math_verify", self.verifier == "math_verify", "math-verify"), ("--engine vllm", self.engine == "vllm", "vllm"),
@@ -165,7 +172,7 @@ def pick_device(name):
     except RuntimeError as error:
         raise BadInput(f"--device {name}: {error}") from None
     require(device.type != "cuda" or torch.cuda.is_available(), f"--device {name}: this machine has no CUDA device")
-    return device
+    return distributed.local_device(device)
 
 
 def seeded_generator(seed, purpose, device="cpu"):
@@ -199,8 +206,10 @@ def describe(device):
 
 
 def write_json(path, value):
-    """Writes beside and renames: the file is the old one or the new one, never half of it."""
+    """Writes beside and renames: the file is the old one or the new one, never half of it. Rank 0 does."""
     path = Path(path)
+    if distributed.rank():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(json.dumps(value, indent=2) + "\n")
@@ -215,9 +224,11 @@ class Log:
     """
 
     def __init__(self, run_dir, after=-1):
+        self.run_dir, self.tensorboard = Path(run_dir), None
+        if distributed.rank():  # rank 0 logs
+            return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if after < 0:
             shutil.rmtree(self.run_dir / "tb", ignore_errors=True)
@@ -229,6 +240,8 @@ class Log:
 
     def metrics(self, step, numbers):
         """One line of numbers; what is not finite becomes null."""
+        if self.tensorboard is None:
+            return
         numbers = {name: float(value) for name, value in numbers.items()}
         for name, value in numbers.items():
             self.tensorboard.add_scalar(name, value, step)
@@ -237,7 +250,7 @@ class Log:
         self._append("metrics.jsonl", line)
 
     def samples(self, step, samples):
-        for sample in samples:
+        for sample in samples if self.tensorboard else ():
             self._append("samples.jsonl", {"step": step} | sample)
 
     def _append(self, name, line):
@@ -245,4 +258,5 @@ class Log:
             file.write(json.dumps(line) + "\n")
 
     def close(self):
-        self.tensorboard.close()
+        if self.tensorboard:
+            self.tensorboard.close()
