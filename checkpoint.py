@@ -25,7 +25,7 @@ UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.Unpi
 def save(run_dir, step, learners, rest, keep=2):
     """Writes the checkpoint of a step, then removes all but the last `keep`.
 
-    Args: learners, {name: network, optimiser or scheduler}; rest, a dict of what else there is (numbers, lists, generator states).
+    Args: learners, {name: network, dict of tensors, optimiser or scheduler}; rest, a dict of what else there is (numbers, lists, generator states).
     Raises: BadInput if it cannot be written (a full disk, say); the checkpoints before are then as they were.
     """
     directory = Path(run_dir) / "checkpoint" / f"step-{step:06d}"
@@ -33,7 +33,7 @@ def save(run_dir, step, learners, rest, keep=2):
     tensors, small = {}, dict(rest)
     for name, learner in learners.items():
         tensors |= tensors_of(name, learner)
-        if not isinstance(learner, torch.nn.Module):
+        if not isinstance(learner, (torch.nn.Module, dict)):
             small[name] = {key: value for key, value in learner.state_dict().items() if key != "state"}
     failed = None
     try:
@@ -41,7 +41,7 @@ def save(run_dir, step, learners, rest, keep=2):
             if not distributed.rank():
                 shutil.rmtree(beside, ignore_errors=True)
                 beside.mkdir(parents=True)
-        dcp.save(tensors, checkpoint_id=beside)
+        dcp.save(tensors, checkpoint_id=beside, no_dist=distributed.world() == 1)
         if not distributed.rank():
             write(beside / "rest.pt", small)
             files = [path for path in sorted(beside.iterdir())]
@@ -53,7 +53,9 @@ def save(run_dir, step, learners, rest, keep=2):
     if distributed.any_rank(failed is not None):
         if not distributed.rank():
             shutil.rmtree(beside, ignore_errors=True)
-        raise BadInput(f"cannot write the checkpoint {directory} ({reason(failed)}): make room, then --resume {run_dir}; the ones before are whole")
+        raise BadInput(
+            f"cannot write the checkpoint {directory} ({reason(failed)}): make room, then --resume {run_dir}; the ones before are whole"
+        )
     if not distributed.rank():
         for old in saved(run_dir)[keep:]:
             old.rename(old.with_name(old.name + ".tmp"))  # never a checkpoint with a part missing under its own name
@@ -63,8 +65,9 @@ def save(run_dir, step, learners, rest, keep=2):
 
 def tensors_of(name, learner):
     """The large part of a learner's state as one flat dict of tensors, each rank's share of them."""
-    if isinstance(learner, torch.nn.Module):
-        return {f"{name}/{key}": tensor for key, tensor in learner.state_dict().items()}
+    if isinstance(learner, (torch.nn.Module, dict)):
+        weights = learner if isinstance(learner, dict) else learner.state_dict()
+        return {f"{name}/{key}": tensor for key, tensor in weights.items()}
     if isinstance(learner, torch.optim.Optimizer):
         states = learner.state_dict()["state"]
         return {f"{name}/{i}/{key}": tensor for i, state in states.items() for key, tensor in state.items()}
@@ -96,6 +99,12 @@ def load(run_dir):
     return found and (found, read(found / "rest.pt"))
 
 
+def remove(run_dir):
+    """Removes all checkpoints of a run that has ended. Rank 0 does."""
+    if not distributed.rank():
+        shutil.rmtree(Path(run_dir) / "checkpoint", ignore_errors=True)
+
+
 def damage(directory):
     """What is wrong with a checkpoint, in words, or None."""
     try:
@@ -122,7 +131,7 @@ def restore(directory, rest, learners):
                     tensors[f"{name}/{i}/{key}"] = torch.zeros(()) if key == "step" else torch.zeros_like(parameter)
         else:
             tensors |= tensors_of(name, learner)
-    dcp.load(tensors, checkpoint_id=directory)
+    dcp.load(tensors, checkpoint_id=directory, no_dist=distributed.world() == 1)
     for name, learner in learners.items():
         if isinstance(learner, torch.optim.Optimizer):
             state = {}
@@ -176,11 +185,11 @@ def read(path):
 def export(model, tokenizer, directory):
     """Saves a model and its tokenizer as an ordinary Hugging Face directory, written beside and renamed. Rank 0 does."""
     directory, model = Path(directory), distributed.unsharded(model)
-    if distributed.rank():
-        return
     beside = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    shutil.rmtree(directory, ignore_errors=True)
-    beside.replace(directory)
+    with distributed.rank_0_first():  # the others may read it afterwards
+        if not distributed.rank():
+            shutil.rmtree(beside, ignore_errors=True)
+            model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+            shutil.rmtree(directory, ignore_errors=True)
+            beside.replace(directory)

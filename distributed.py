@@ -12,6 +12,7 @@ anything.
 
 import os
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,13 +22,20 @@ from types import MethodType
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-GRACE = 10.0  # seconds that the survivors wait for each other before they name the missing
-STATE = {"world": 1, "rank": 0, "control": None}  # what torchrun made of this process
+GRACE = 10.0  # seconds without a sign of life after which a process counts as dead
+STATE = {"world": 1, "rank": 0, "control": None, "timeout": None}  # what torchrun made of this process
 
 
 def world():
@@ -49,7 +57,8 @@ def start(minutes):
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=minutes))
     control = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))  # for what must be said while a GPU hangs
-    STATE.update(world=dist.get_world_size(), rank=dist.get_rank(), control=control)
+    STATE.update(world=dist.get_world_size(), rank=dist.get_rank(), control=control, timeout=timedelta(minutes=minutes))
+    threading.Thread(target=beat, daemon=True).start()
     if rank():
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
@@ -86,23 +95,48 @@ def meet(where):
     """All ranks wait for each other here. Raises: RuntimeError that names those that did not come in time."""
     if world() > 1:
         try:
-            dist.monitored_barrier(STATE["control"], wait_all_ranks=True)
+            dist.monitored_barrier(STATE["control"], STATE["timeout"], wait_all_ranks=True)
         except RuntimeError as error:
             raise RuntimeError(f"{where}: {str(error).strip().splitlines()[0]}") from None
 
 
-def missing_ranks():
-    """After a failed collective: the ranks that do not answer within a few seconds; they are dead, or hang."""
-    store, prefix = dist.distributed_c10d._get_default_store(), "answers/"
-    store.set(f"{prefix}{rank()}", "here")
+def beat():
+    """Tells the others for ever that this process lives."""
+    store, key = dist.distributed_c10d._get_default_store().clone(), f"beats/{rank()}"
+    while True:
+        store.add(key, 1)
+        time.sleep(GRACE / 5)
+
+
+def silent_ranks():
+    """After an error: the ranks that have not ended with one before, and of which nothing is heard for a few seconds."""
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"ended/{rank()}", "")
+    before = [store.add(f"beats/{other}", 0) for other in range(world())]
     time.sleep(GRACE)
-    return [other for other in range(world()) if not store.check([f"{prefix}{other}"])]
+    return [other for other in range(world()) if store.add(f"beats/{other}", 0) == before[other] and not store.check([f"ended/{other}"])]
+
+
+def rank_0_says(line):
+    """Whether rank 0 ends with the same last words, so that this rank need not say them too."""
+    if world() == 1:
+        return False
+    store = dist.distributed_c10d._get_default_store()
+    if not rank():
+        store.set("last words", line)
+        return False
+    try:
+        store.wait(["last words"], timedelta(seconds=2))
+    except RuntimeError:
+        return False
+    return store.get("last words").decode() == line
 
 
 def any_rank(condition):
     """Whether it holds on any rank."""
     if world() == 1:
         return condition
+    meet("after a step")
     flag = torch.tensor(int(condition))
     dist.all_reduce(flag, dist.ReduceOp.MAX, group=STATE["control"])
     return bool(flag)
@@ -141,7 +175,10 @@ def add_numbers(numbers):
     """A dict of numbers summed over the ranks; names that end in `_max` are the largest."""
     if world() == 1:
         return numbers
-    for names, op in (([n for n in numbers if not n.endswith("_max")], dist.ReduceOp.SUM), ([n for n in numbers if n.endswith("_max")], dist.ReduceOp.MAX)):
+    for names, op in (
+        ([n for n in numbers if not n.endswith("_max")], dist.ReduceOp.SUM),
+        ([n for n in numbers if n.endswith("_max")], dist.ReduceOp.MAX),
+    ):
         vector = torch.tensor([float(numbers[name]) for name in names], dtype=torch.float64)
         dist.all_reduce(vector, op, group=STATE["control"])
         numbers = numbers | dict(zip(names, vector.tolist()))
@@ -152,6 +189,7 @@ def gather_columns(columns):
     """All ranks' rows, in the ranks' order, on every rank. columns: tensors of B rows, [B] or [B, T] with equal T everywhere, or None."""
     if world() == 1:
         return columns
+    meet("gathering the answers")
     counts = [None] * world()
     dist.all_gather_object(counts, len(columns[0]), group=STATE["control"])
     gathered = []

@@ -67,7 +67,11 @@ def sampling_copy(policy):
     if distributed.world() > 1:
         with torch.device(device_of(policy)):
             sampler = AutoModelForCausalLM.from_config(policy.config, dtype=policy.arithmetic).eval()
-        sampler.generation_config, sampler.logit_treatment, sampler.arithmetic = policy.generation_config, policy.logit_treatment, policy.arithmetic
+        sampler.generation_config, sampler.logit_treatment, sampler.arithmetic = (
+            policy.generation_config,
+            policy.logit_treatment,
+            policy.arithmetic,
+        )
         refresh(sampler, policy)
         return sampler.requires_grad_(False)
     if policy.arithmetic == torch.float32:
@@ -97,6 +101,16 @@ def checkpoint_gradients(network, wanted):
         enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable  # the older name
         enable({"use_reentrant": False})
     return network
+
+
+def ready(network, device, settings):
+    """A loaded policy or critic (or None) ready to be trained: its layers' activations made again if asked, its weights shared out
+    over the processes."""
+    if network is None:
+        return None
+    checkpoint_gradients(network, settings.gradient_checkpointing)
+    head = value_head(network) if hasattr(network, "score") or hasattr(network, "classifier") else None
+    return distributed.shard(network, device, network.arithmetic == torch.bfloat16, settings.cpu_offload, head)
 
 
 def load_critic(path, device, mean_reward=0.0, dtype="auto"):
@@ -235,7 +249,7 @@ def critic_values(critic, rows, shift=0):
     """value_BT: V of the state before each response token, float32 (`shift=1`: after it, where a reward model scores)."""
     with autocast(critic):
         hidden_BTD = response_hidden(critic.base_model, rows, shift)
-    return value_head(critic)(hidden_BTD.float())[..., 0]
+    return value_head(critic)(hidden_BTD.float())[..., 0].clone()  # no view: FSDP hangs its hooks on what is returned
 
 
 def response_tokens(rows):

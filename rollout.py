@@ -121,7 +121,7 @@ def left_padded(prompts, device):
     return prompt_PL, length_P
 
 
-def sample_in_slots(policy, own, samples, max_tokens, pick, generator, eos_N, slots, bar):
+def sample_in_slots(policy, prompts, samples, max_tokens, pick, generator, eos_N, slots, bar):
     """Returns: (token_BT, logp_BT, length_B, stop_B), columns past an answer's end undefined."""
     device, answers = policy.device, len(prompts) * samples
     slots, steps_unseen = min(slots, answers), 1 if device.type == "cpu" else STEPS_UNSEEN

@@ -9,12 +9,13 @@ import functools
 import importlib.util
 import json
 import math
-import os
 import platform
 import random
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -30,19 +31,60 @@ class BadInput(ValueError):
     """Something that the user can mend; its message is one line that names the cause and the fix."""
 
 
+class Stopped(Exception):
+    """The run was asked to stop, and has saved itself."""
+
+
 def exit_on_bad_input(main):
-    """Decorates a script's main: BadInput becomes one line on standard error and exit code 2."""
+    """Decorates a script's main: BadInput becomes one line on standard error and exit code 2; a signal to stop, a line and
+    128 + its number. Under torchrun, another error is followed by a line that names the processes that do not answer."""
 
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
             return main(argv)
         except BadInput as error:
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes say the same
-                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            line = f"error: {' '.join(str(error).split())}"
+            if not distributed.rank_0_says(line):
+                print(line, file=sys.stderr, flush=True)
             raise SystemExit(2) from None
+        except Stopped as stopped:
+            print(f"stopped by {STOP[0].name}: {stopped}", file=sys.stderr)
+            raise SystemExit(128 + STOP[0]) from None
+        except Exception as error:
+            if distributed.world() > 1:
+                silent = ", ".join(f"rank {rank}" for rank in distributed.silent_ranks()) or "none"
+                print(f"error on rank {distributed.rank()}: {error}; dead or hanging: {silent}", file=sys.stderr, flush=True)
+            raise
 
     return wrapped
+
+
+STOP = []  # the signal that asked this process to stop
+
+
+@contextmanager
+def finishing_the_step():
+    """While it lasts, SIGTERM and Ctrl-C do not end the process but make `stopping()` true; the second one does end it."""
+
+    def handler(number, frame):
+        if STOP:
+            raise KeyboardInterrupt
+        STOP.append(signal.Signals(number))
+        print(f"\n{STOP[0].name}: finishing this step and saving; once more to stop at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    STOP.clear()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stopping():
+    """Whether any process of the run was asked to stop."""
+    return distributed.any_rank(bool(STOP))
 
 
 def flag(default, help, **metadata):
