@@ -266,7 +266,7 @@ class Log:
     """
 
     def __init__(self, run_dir, after=-1):
-        self.run_dir, self.tensorboard = Path(run_dir), None
+        self.run_dir, self.tensorboard, self.warned = Path(run_dir), None, False
         if distributed.rank():  # rank 0 logs
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -277,27 +277,41 @@ class Log:
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.run_dir / name
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after))
+            beside = path.with_name(name + ".tmp")
+            beside.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after))
+            beside.replace(path)
         self.tensorboard = SummaryWriter(self.run_dir / "tb", purge_step=after + 1 if after >= 0 else None)
 
     def metrics(self, step, numbers):
         """One line of numbers; what is not finite becomes null."""
-        if self.tensorboard is None:
-            return
         numbers = {name: float(value) for name, value in numbers.items()}
-        for name, value in numbers.items():
-            self.tensorboard.add_scalar(name, value, step)
-        self.tensorboard.flush()
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self._append("metrics.jsonl", line)
+        self._write("metrics.jsonl", [line])
+        try:
+            for name, value in numbers.items() if self.tensorboard else ():
+                self.tensorboard.add_scalar(name, value, step)
+            if self.tensorboard:
+                self.tensorboard.flush()
+        except OSError as error:
+            self._warn(error)
 
     def samples(self, step, samples):
-        for sample in samples if self.tensorboard else ():
-            self._append("samples.jsonl", {"step": step} | sample)
+        self._write("samples.jsonl", [{"step": step} | sample for sample in samples])
 
-    def _append(self, name, line):
-        with open(self.run_dir / name, "a") as file:
-            file.write(json.dumps(line) + "\n")
+    def _write(self, name, lines):
+        if self.tensorboard is None:
+            return
+        try:
+            with open(self.run_dir / name, "a") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+        except OSError as error:
+            self._warn(error)
+
+    def _warn(self, error):
+        """A log that is lost is not a run that is lost: it is said once."""
+        if not self.warned:
+            print(f"warning: cannot write the log in {self.run_dir} ({error}); the run goes on", file=sys.stderr)
+        self.warned = True
 
     def close(self):
         if self.tensorboard:

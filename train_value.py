@@ -198,13 +198,13 @@ def fit(settings, out, critic, rows, held_out_rows, score, log, state):
         directory, rest = state
         first, skipped, step, worse, done, best = (rest[name] for name in ("passes", "in_pass", "step", "worse", "done", "best"))
         best["weights"] = copy.deepcopy(critic.state_dict())
-        checkpoint.restore(directory, rest, learners | {"best": best["weights"]})
+        checkpoint.restore(directory, rest, learners | {"best_weights": best["weights"]})
         order.set_state(rest["order"])
 
     def save(passes, in_pass, order_state):
         rest = {"passes": passes, "in_pass": in_pass, "order": order_state, "step": step, "worse": worse, "done": done}
         rest |= {"best": {"held_out": best["held_out"], "step": best["step"]}, "settings": to_argv(settings)}
-        checkpoint.save(out, step, learners | {"best": best["weights"]}, rest, keep=1)
+        checkpoint.save(out, step, learners | {"best_weights": best["weights"]}, rest, keep=1)
 
     def stop_if_asked(*where):
         if stopping():

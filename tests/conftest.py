@@ -7,6 +7,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 import model
 import toy
 
+
+def pytest_addoption(parser):
+    parser.addoption("--all_faults", action="store_true", help="kill a run at 20 random moments, not at 6 (test_faults.py)")
+
+
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
