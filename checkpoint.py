@@ -10,7 +10,9 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,7 +43,8 @@ def save(run_dir, step, learners, rest, keep=2):
             if not distributed.rank():
                 shutil.rmtree(beside, ignore_errors=True)
                 beside.mkdir(parents=True)
-        dcp.save(tensors, checkpoint_id=beside, no_dist=distributed.world() == 1)
+        with in_this_many_processes() as how:
+            dcp.save(tensors, checkpoint_id=beside, **how)
         if not distributed.rank():
             write(beside / "rest.pt", small)
             files = [path for path in sorted(beside.iterdir())]
@@ -61,6 +64,14 @@ def save(run_dir, step, learners, rest, keep=2):
             old.rename(old.with_name(old.name + ".tmp"))  # never a checkpoint with a part missing under its own name
         for old in directory.parent.glob("*.tmp"):
             shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def in_this_many_processes():
+    """What torch.distributed.checkpoint must be told in one process, and without its warning that there is only one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield {"no_dist": distributed.world() == 1}
 
 
 def tensors_of(name, learner):
@@ -131,7 +142,8 @@ def restore(directory, rest, learners):
                     tensors[f"{name}/{i}/{key}"] = torch.zeros(()) if key == "step" else torch.zeros_like(parameter)
         else:
             tensors |= tensors_of(name, learner)
-    dcp.load(tensors, checkpoint_id=directory, no_dist=distributed.world() == 1)
+    with in_this_many_processes() as how:
+        dcp.load(tensors, checkpoint_id=directory, **how)
     for name, learner in learners.items():
         if isinstance(learner, torch.optim.Optimizer):
             state = {}

@@ -314,5 +314,8 @@ class Log:
         self.warned = True
 
     def close(self):
-        if self.tensorboard:
-            self.tensorboard.close()
+        try:
+            if self.tensorboard:
+                self.tensorboard.close()
+        except OSError as error:
+            self._warn(error)

@@ -132,7 +132,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(world, forks, un
         path.unlink()
     else:
         path.write_bytes(
-            whole[:-1]
+            whole[:-3]
             if how == "shorter"
             else whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :]
         )
