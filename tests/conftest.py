@@ -9,7 +9,7 @@ import toy
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all_faults", action="store_true", help="kill a run at 20 random moments, not at 6 (test_faults.py)")
+    parser.addoption("--kills", type=int, default=20, help="random moments at which test_faults.py kills a run")
 
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])

@@ -73,7 +73,7 @@ def go_on(world, forks, out, log):
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(world, forks, undisturbed, tmp_path, request):
     expected, seconds = undisturbed
     moments, struck = random.Random(0), 0
-    for number in range(20 if request.config.getoption("--all_faults") else 6):
+    for number in range(request.config.getoption("--kills")):
         out, log = tmp_path / f"run{number}", tmp_path / f"run{number}.log"
         struck += forks(flags_of(world, out), log, after=moments.uniform(0.1, 0.95) * seconds, what="kill")["status"] == -9
         assert go_on(world, forks, out, log) == expected, number
