@@ -6,6 +6,7 @@
     python train_vapo.py --preset ppo                                # or vc_ppo, grpo, dapo: the rivals, as settings of it
     python train_vapo.py --eval_only --model DIR --test FILE --samples 32 --eval_top_p 0.7     # avg@k, pass@k, maj@k
     python train_vapo.py --resume runs/NAME                          # go on from the last checkpoint
+    python train_vapo.py --plan --model NAME --gpus 64               # what a run would need, on paper
 
 PPO with seven changes, each with a flag, and each in its place here or in ppo.py:
 1. value pretraining     the critic starts from Monte-Carlo returns of the frozen policy     --no_value_pretraining
@@ -34,6 +35,7 @@ import evaluate
 import logprobs
 import losses
 import model
+import plan
 import ppo
 import problems as problem_files
 import rollout
@@ -124,13 +126,22 @@ class Settings(RunSettings):
     eval_samples: int = flag(8, "samples per test problem in an evaluation")
     save_every: int = flag(5, "rollouts between checkpoints; 0: only at the end")
 
+    plan: bool = flag(False, "train nothing: memory and time of this run on --gpus GPUs, on paper (plan.py); reads only the model's config")
+    gpus: int = flag(1, "--plan: how many GPUs")
+    gpu_memory: float = flag(80.0, "--plan: GB of one GPU (10^9 bytes)")
+    gpu_tflops: float = flag(989.0, "--plan: 10^12 operations a second of one GPU, as its maker states (H100 SXM, bfloat16, dense)")
+    gpu_bandwidth: float = flag(3350.0, "--plan: GB a second between a GPU and its memory, as its maker states (H100 SXM)")
+
     def check(self):
-        super().check(needs_train=not self.eval_only)
-        for name in ("prompts", "samples", "mini_batch", "pretrain_answers", "pretrain_passes", "eval_samples", "generations"):
+        super().check(needs_train=not (self.eval_only or self.plan))
+        for name in ("prompts", "samples", "mini_batch", "pretrain_answers", "pretrain_passes", "eval_samples", "generations", "gpus"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
         for name in ("steps", "warmup", "mu", "value_clip", "eval_every", "save_every", "pretrain_steps", "pretrain_short_passes"):
             require(getattr(self, name) >= 0, f"--{name} must not be negative")
-        for name in ("lr", "critic_lr", "pretrain_lr", "max_grad_norm", "alpha", "eps_high", "eval_temperature"):
+        for name in (
+            "lr", "critic_lr", "pretrain_lr", "max_grad_norm", "alpha", "eps_high", "eval_temperature",
+            "gpu_memory", "gpu_tflops", "gpu_bandwidth",
+        ):  # fmt: skip
             require(getattr(self, name) > 0, f"--{name} must be positive")
         for name in ("lam_policy", "lam_critic", "overlong"):
             require(0 <= getattr(self, name) <= 1, f"--{name} must be between 0 and 1")
@@ -144,7 +155,7 @@ class Settings(RunSettings):
         if self.critic_free or self.dynamic_sampling:
             name = "--critic_free" if self.critic_free else "--dynamic_sampling"
             require(self.group_sampling and self.samples > 1, f"{name} compares the answers of a group: it needs --samples above 1")
-        require(bool(self.test), 'give --test FILE: held-out problems, say a JSONL of {"problem": ..., "answer": ...}')
+        require(bool(self.test) or self.plan, 'give --test FILE: held-out problems, say a JSONL of {"problem": ..., "answer": ...}')
 
 
 def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems, log, state):
@@ -318,6 +329,8 @@ def main(argv=None):
     started = time.time()
     settings, run_dir, state = resolve(argv)
     settings.check()
+    if settings.plan:
+        return plan.report(settings)
     device = pick_device(settings.device)
     torch.manual_seed(settings.seed)
     tokenizer = model.load_tokenizer(settings.model)
