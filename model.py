@@ -11,6 +11,7 @@ mask is ever derived from a pad id. Both models stay in eval mode: dropout would
 
 import copy
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -80,6 +81,17 @@ def sampling_copy(policy):
     for parameter in sampler.parameters():  # not the buffers: positions need float32
         parameter.requires_grad_(False).data = parameter.data.to(policy.arithmetic)
     return sampler
+
+
+@contextmanager
+def at_work(sampler, device, cpu_offload):
+    """With --cpu_offload, the copy that samples takes the device's memory only while it does."""
+    away = cpu_offload and distributed.world() > 1 and isinstance(sampler, torch.nn.Module)
+    if away:
+        sampler.to(device)
+    yield
+    if away:
+        sampler.to("cpu")
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@
     python train_vapo.py --preset ppo                                # or vc_ppo, grpo, dapo: the rivals, as settings of it
     python train_vapo.py --eval_only --model DIR --test FILE --samples 32 --eval_top_p 0.7     # avg@k, pass@k, maj@k
     python train_vapo.py --resume runs/NAME                          # go on from the last checkpoint
+    python train_vapo.py --plan --model NAME --gpus 64               # what a run would need, on paper
 
 PPO with seven changes, each with a flag, and each in its place here or in ppo.py:
 1. value pretraining     the critic starts from Monte-Carlo returns of the frozen policy     --no_value_pretraining
@@ -36,6 +37,7 @@ import evaluate
 import logprobs
 import losses
 import model
+import plan
 import ppo
 import problems as problem_files
 import rollout
@@ -140,23 +142,25 @@ class Settings(RunSettings):
     save_every: int = flag(5, "rollouts between checkpoints; 0: only at the end")
     keep: int = flag(2, "checkpoints to keep, the last ones")
 
+    plan: bool = flag(False, "train nothing: memory and time of this run on --gpus GPUs, on paper (plan.py); reads only the model's config")
+    gpus: int = flag(1, "--plan: how many GPUs")
+    gpu_memory: float = flag(80.0, "--plan: GB of one GPU (10^9 bytes)")
+    gpu_tflops: float = flag(989.0, "--plan: 10^12 operations a second of one GPU, as its maker states (H100 SXM, bfloat16, dense)")
+    gpu_bandwidth: float = flag(3350.0, "--plan: GB a second between a GPU and its memory, as its maker states (H100 SXM)")
+
     def check(self):
-        super().check(needs_train=not self.eval_only)
+        super().check(needs_train=not (self.eval_only or self.plan))
         for name in (
-            "prompts",
-            "samples",
-            "mini_batch",
-            "pretrain_answers",
-            "pretrain_passes",
-            "eval_samples",
-            "generations",
-            "keep",
-            "max_bad_steps",
-        ):
+            "prompts", "samples", "mini_batch", "pretrain_answers", "pretrain_passes", "eval_samples", "generations", "keep", "max_bad_steps",
+            "gpus",
+        ):  # fmt: skip
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
         for name in ("steps", "warmup", "mu", "value_clip", "eval_every", "save_every", "pretrain_steps", "pretrain_short_passes"):
             require(getattr(self, name) >= 0, f"--{name} must not be negative")
-        for name in ("lr", "critic_lr", "pretrain_lr", "max_grad_norm", "alpha", "eps_high", "eval_temperature"):
+        for name in (
+            "lr", "critic_lr", "pretrain_lr", "max_grad_norm", "alpha", "eps_high", "eval_temperature",
+            "gpu_memory", "gpu_tflops", "gpu_bandwidth",
+        ):  # fmt: skip
             require(getattr(self, name) > 0, f"--{name} must be positive")
         for name in ("lam_policy", "lam_critic", "overlong"):
             require(0 <= getattr(self, name) <= 1, f"--{name} must be between 0 and 1")
@@ -176,7 +180,7 @@ class Settings(RunSettings):
         if self.critic_free or self.dynamic_sampling:
             name = "--critic_free" if self.critic_free else "--dynamic_sampling"
             require(self.group_sampling and self.samples > 1, f"{name} compares the answers of a group: it needs --samples above 1")
-        require(bool(self.test), 'give --test FILE: held-out problems, say a JSONL of {"problem": ..., "answer": ...}')
+        require(bool(self.test) or self.plan, 'give --test FILE: held-out problems, say a JSONL of {"problem": ..., "answer": ...}')
 
 
 def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems, log, state):
@@ -212,10 +216,11 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
     def answers():
         """One batch of judged answers. The verifier's verdict is the reward; DAPO punishes length beside it."""
         asked = rollout.next_problems(problems, prompts, order)
-        rows = rollout.sample(
-            sampler, tokenizer, [problems[i] for i in asked], samples, settings.response_length, settings.temperature,
-            generators["sample"], settings.sample_rows, progress="sampling", engine=settings.engine,
-        )  # fmt: skip
+        with model.at_work(sampler, device, settings.cpu_offload):
+            rows = rollout.sample(
+                sampler, tokenizer, [problems[i] for i in asked], samples, settings.response_length, settings.temperature,
+                generators["sample"], settings.sample_rows, progress="sampling", engine=settings.engine,
+            )  # fmt: skip
         rows["problem_B"] = torch.tensor(asked, device=device)[rows["problem_B"]]
         rollout.judge(rows, tokenizer, problems, verify, settings.reward_correct, settings.reward_wrong)
         if cache := round(settings.overlong * settings.response_length):
@@ -224,9 +229,10 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
 
     def tested(step):
         started = time.time()
-        metrics, rows, _ = evaluate.evaluate(
-            sampler, tokenizer, test_problems, settings.eval_samples, settings, verify, progress=f"evaluation {step}"
-        )
+        with model.at_work(sampler, device, settings.cpu_offload):
+            metrics, rows, _ = evaluate.evaluate(
+                sampler, tokenizer, test_problems, settings.eval_samples, settings, verify, progress=f"evaluation {step}"
+            )
         log.samples(step, table.describe_samples(critic, tokenizer, test_problems, rows, settings.eval_samples))
         return metrics, {f"test_{name}": value for name, value in metrics.items()} | {"seconds_eval": time.time() - started}
 
@@ -378,6 +384,8 @@ def main(argv=None):
     started = time.time()
     settings, run_dir, state = resolve(argv)
     settings.check()
+    if settings.plan:
+        return plan.report(settings)
     device = pick_device(settings.device)
     torch.manual_seed(settings.seed)
     tokenizer = model.load_tokenizer(settings.model)
