@@ -294,7 +294,7 @@ def bench_update(settings, device, name):
     rows["correct_B"] = torch.arange(64, device=device) % 2 == 0
     for column in ("old_value_BT", "target_BT", "adv_BT"):
         rows[column] = torch.randn(rows["sampled_logp_BT"].shape, generator=generator, device=device)
-    rows["old_logp_BT"] = rows["sampled_logp_BT"]
+    rows["old_logp_BT"], rows["importance_BT"] = rows["sampled_logp_BT"], torch.ones_like(rows["sampled_logp_BT"])
     tokens = int(rows["length_B"].sum())
 
     def clear():
