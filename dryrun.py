@@ -47,7 +47,7 @@ def imagined(path, weights, arithmetic, checkpointing=False):
 
     Raises: BadInput if there is no config, or no causal LM for it, or --gradient_checkpointing is none of its arts.
     """
-    config = model.loaded(AutoConfig.from_pretrained, path)
+    config = model.loaded(AutoConfig.from_pretrained, path, trust_remote_code=False)
     with FAKE:
         network = model.loaded(lambda _: AutoModelForCausalLM.from_config(config, dtype=weights), path).eval()
     if network.config._attn_implementation == "sdpa":  # a row needs no mask; but transformers makes one where it sees no numbers

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,24 +37,27 @@ from run import BadInput, require
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def load_tokenizer(path):
+def load_tokenizer(path, trust_remote_code=False):
     """The model's tokenizer. Raises: BadInput if it cannot be read or has no EOS.
 
     A directory that says "the fast tokenizer in tokenizer.json, as it stands" is taken at its word: AutoTokenizer puts
     the model family's own in its place for some (any model of type qwen2), which splits texts otherwise, silently.
     """
     as_it_stands = loaded(get_tokenizer_config, path).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    tokenizer = loaded((PreTrainedTokenizerFast if as_it_stands else AutoTokenizer).from_pretrained, path)
+    kind = PreTrainedTokenizerFast if as_it_stands else AutoTokenizer
+    tokenizer = loaded(kind.from_pretrained, path, trust_remote_code=trust_remote_code)
     require(tokenizer.eos_token_id is not None, f"the tokenizer in {path} has no EOS token: set its eos_token, answers end with it")
     return tokenizer
 
 
-def load_policy(path, device, dtype="auto", length=0):
+def load_policy(path, device, dtype="auto", length=0, trust_remote_code=False):
     """The causal LM in `path`, float32 weights, eval mode, with `logit_treatment` measured (see `measure_logits`).
 
-    Raises: BadInput if it cannot be loaded, or has positions for fewer than `length` tokens of prompt and response.
+    Weights are read from safetensors only, which can hold no code. Raises: BadInput if it cannot be loaded, or has positions for
+    fewer than `length` tokens of prompt and response.
     """
-    policy = loaded(AutoModelForCausalLM.from_pretrained, path, dtype=torch.float32).eval()
+    trust = {"use_safetensors": True, "trust_remote_code": trust_remote_code}
+    policy = loaded(AutoModelForCausalLM.from_pretrained, path, dtype=torch.float32, **trust).eval()
     policy = policy if distributed.world() > 1 else policy.to(device)  # else `shard` moves it, layer by layer
     longest = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
     require(not longest or length <= longest, f"{path} has {longest} positions: lower --prompt_length + --response_length from {length}")
@@ -125,19 +129,47 @@ def ready(network, device, settings):
     return distributed.shard(network, device, network.arithmetic == torch.bfloat16, settings.cpu_offload, head)
 
 
-def load_critic(path, device, mean_reward=0.0, dtype="auto"):
+def require_same_words(policy, tokenizer, path):
+    """Raises: BadInput if the tokenizer has words that the policy in `path` has no embedding for."""
+    words, rows = max(tokenizer.get_vocab().values()) + 1, policy.get_input_embeddings().num_embeddings
+    require(words <= rows, f"the tokenizer in {path} has {words} words, its model {rows}: they are not of one kind")
+
+
+def require_critic(path, tokenizer, length, trust_remote_code=False):
+    """Raises: BadInput unless `path` holds what `load_critic` can make a critic for this tokenizer of. Reads no weights."""
+    config = loaded(AutoConfig.from_pretrained, path, trust_remote_code=trust_remote_code)
+    require_one_label(config, path)
+    critic_class(config)
+    text = config.get_text_config()
+    words, known = max(tokenizer.get_vocab().values()) + 1, getattr(text, "vocab_size", 0)
+    longest = getattr(text, "max_position_embeddings", None)
+    require(words <= known, f"{path} has {known} words, the policy's tokenizer {words}: take a critic of the same family")
+    require(not longest or length <= longest, f"{path} has {longest} positions: lower --prompt_length + --response_length from {length}")
+    if (Path(path) / "tokenizer.json").is_file():
+        same = load_tokenizer(path, trust_remote_code).get_vocab() == tokenizer.get_vocab()
+        require(same, f"{path} has another tokenizer than the policy: its values would be of other words")
+
+
+def require_one_label(config, path):
+    """Whether the config is of a critic or reward model. Raises: BadInput if it is, and has another number of labels than one."""
+    kind = (config.architectures or [""])[0]
+    is_scorer = kind.endswith(("ForTokenClassification", "ForSequenceClassification"))
+    require(not is_scorer or config.num_labels == 1, f"{path} has {config.num_labels} labels: a critic or reward model has one")
+    return is_scorer
+
+
+def load_critic(path, device, mean_reward=0.0, dtype="auto", trust_remote_code=False):
     """A critic from a policy, a reward model or a critic directory (its config.json says which).
 
     From a policy: its trunk with a zero head and bias = the mean reward, so V is that constant at first.
     From a reward model (`AutoModelForSequenceClassification`, one label): trunk and head, bias 0.
     From a critic: as it is. Raises: BadInput if the model has another number of labels.
     """
-    config = loaded(AutoConfig.from_pretrained, path)
-    kind = (config.architectures or [""])[0]
-    is_scorer = kind.endswith(("ForTokenClassification", "ForSequenceClassification"))
-    require(not is_scorer or config.num_labels == 1, f"{path} has {config.num_labels} labels: a critic or reward model has one")
+    config = loaded(AutoConfig.from_pretrained, path, trust_remote_code=trust_remote_code)
+    kind, is_scorer = (config.architectures or [""])[0], require_one_label(config, path)
     config.num_labels, config.classifier_dropout = 1, 0.0  # the class's own default is 0.1
-    critic = loaded(critic_class(config).from_pretrained, path, config=config, dtype=torch.float32)
+    trust = {"use_safetensors": True, "trust_remote_code": trust_remote_code}
+    critic = loaded(critic_class(config).from_pretrained, path, config=config, dtype=torch.float32, **trust)
     head = value_head(critic)
     with torch.no_grad():
         if not is_scorer:
@@ -183,9 +215,10 @@ def loaded(from_pretrained, path, **options):
     transformers.logging.disable_progress_bar()
     try:
         return from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         kind = "" if Path(path).is_dir() else " (no such directory here; tried as a name on the hub)"
-        raise BadInput(f"cannot load {path}{kind}: {str(error).strip().splitlines()[0]}") from None
+        code = "; --trust_remote_code runs the code that it brings" if "trust_remote_code" in str(error) else ""
+        raise BadInput(f"cannot load {path}{kind}: {str(error).strip().splitlines()[0]}{code}") from None
 
 
 def arithmetic(dtype, device):

@@ -5,6 +5,7 @@ TensorBoard in tb/, samples.jsonl (a few answers an evaluation), checkpoint/ (to
 """
 
 import argparse
+import errno
 import functools
 import importlib.util
 import json
@@ -48,6 +49,11 @@ def exit_on_bad_input(main):
             if not distributed.rank_0_says(line):
                 print(line, file=sys.stderr, flush=True)
             raise SystemExit(2) from None
+        except OSError as error:
+            if error.errno not in USERS_DISK:
+                raise
+            print(f"error: {error.filename or 'writing'}: {error.strerror}: mend that, or give another --out", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
         except Stopped as stopped:
             print(f"stopped by {STOP[0].name}: {stopped}", file=sys.stderr)
             raise SystemExit(128 + STOP[0]) from None
@@ -60,6 +66,17 @@ def exit_on_bad_input(main):
     return wrapped
 
 
+USERS_DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EFBIG,
+    errno.ENAMETOOLONG,
+)
 STOP = []  # the signal that asked this process to stop
 
 
@@ -103,6 +120,9 @@ class RunSettings:
         "", "training problems: a .jsonl, .json, .csv or .parquet file, or OWNER/NAME:CONFIG@SPLIT of the hub (see problems.py)"
     )
     world: str = flag("", "directory of the embedded world that model and problems come from; its truth is then reported")
+    trust_remote_code: bool = flag(
+        False, "run the Python code that a model directory or hub name brings with it; weights are safetensors in any case"
+    )
     seed: int = flag(0, "seed of the data order, the sampling and the mini-batches")
     device: str = flag("auto", "auto (cuda if there is one), cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "dtype of the arithmetic; weights stay float32; auto: bfloat16 on cuda")

@@ -284,9 +284,13 @@ def main(argv=None):
     torch.manual_seed(settings.seed)
     out = Path(settings.out or distributed.from_rank_0(time.strftime("runs/value-%Y%m%d-%H%M%S")))
     require(not distributed.from_rank_0((out / "critic").exists()), f"{out} holds a critic already: give another --out")
-    tokenizer = model.load_tokenizer(settings.model)
+    tokenizer = model.load_tokenizer(settings.model, settings.trust_remote_code)
+    if settings.init:
+        model.require_critic(settings.init, tokenizer, settings.prompt_length + settings.response_length, settings.trust_remote_code)
     problems = problem_files.prompted_problems(settings.train, tokenizer, settings)
-    policy = model.load_policy(settings.model, device, settings.dtype)
+    length = settings.prompt_length + settings.response_length
+    policy = model.load_policy(settings.model, device, settings.dtype, length, settings.trust_remote_code)
+    model.require_same_words(policy, tokenizer, settings.model)
     mark = fingerprint(policy, problems)
     rows = sampled_answers(settings, out, model.ready(policy, device, settings), tokenizer, problems, mark)
     del policy
@@ -303,7 +307,8 @@ def main(argv=None):
         drops = truth.step_drops(settings.world, problems, tokenizer, held_out_rows, value_BT)
         return known | {"slip_auc": truth.auc(*drops)}
 
-    critic = model.load_critic(settings.init or settings.model, device, fit_rows["reward_B"].mean().item(), settings.dtype)
+    mean_reward = fit_rows["reward_B"].mean().item()
+    critic = model.load_critic(settings.init or settings.model, device, mean_reward, settings.dtype, settings.trust_remote_code)
     critic = model.ready(critic, device, settings)
     state = checkpoint.load(out)
     require(

@@ -388,16 +388,18 @@ def main(argv=None):
         return plan.report(settings)
     device = pick_device(settings.device)
     torch.manual_seed(settings.seed)
-    tokenizer = model.load_tokenizer(settings.model)
+    tokenizer = model.load_tokenizer(settings.model, settings.trust_remote_code)
     files = (settings.test,) if settings.eval_only else (settings.train, settings.test)
     *data, test_problems = [problem_files.prompted_problems(path, tokenizer, settings) for path in files]
     if data and (twice := problem_files.repeated(test_problems, data[0])):
         print(f"warning: {twice} of the {len(test_problems)} test problems are training problems too")
     processes = distributed.world()
     require(len(test_problems) >= processes, f"{len(test_problems)} test problems for {processes} processes: each needs one at least")
-    for path in (settings.critic, settings.reward_model):  # before any long work
-        require(path in ("", "fit") or model.can_be_loaded(path), f"no model directory at {path}, and no name on the hub (OWNER/NAME)")
-    policy = model.load_policy(settings.model, device, settings.dtype, settings.prompt_length + settings.response_length)
+    length = settings.prompt_length + settings.response_length
+    for path in {settings.critic, settings.reward_model} - {"", "fit"}:  # before any long work
+        model.require_critic(path, tokenizer, length, settings.trust_remote_code)
+    policy = model.load_policy(settings.model, device, settings.dtype, length, settings.trust_remote_code)
+    model.require_same_words(policy, tokenizer, settings.model)
     print(
         f"{'evaluation' if settings.eval_only else settings.preset}:",
         ", ".join(f"{name} {value}" for name, value in describe(device).items()),
@@ -409,7 +411,10 @@ def main(argv=None):
     if not settings.resume:
         write_json(run_dir / "config.json", {"settings": to_argv(settings), "on": describe(device)})
     with finishing_the_step():
-        critic = None if settings.critic_free else model.load_critic(starting_critic(settings, run_dir), device, dtype=settings.dtype)
+        critic = None
+        if not settings.critic_free:
+            start = starting_critic(settings, run_dir)
+            critic = model.load_critic(start, device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
         policy, critic = (model.ready(network, device, settings) for network in (policy, critic))
         log = Log(run_dir, after=state[1]["step"] if state else -1)
         before, after = train(settings, run_dir, policy, critic, tokenizer, data[0], test_problems, log, state)
