@@ -68,7 +68,7 @@ def batch_of(settings):
         "token_BL": torch.randint(0, 1000, (rows, settings.prompt_length + length)), "length_B": torch.full((rows,), length),
         "prompt_length_B": torch.full((rows,), settings.prompt_length), "correct_B": torch.arange(rows) % 2 == 0,
     }  # fmt: skip
-    for column in ("sampled_logp_BT", "old_logp_BT", "old_value_BT", "target_BT", "adv_BT"):
+    for column in ("sampled_logp_BT", "old_logp_BT", "old_value_BT", "target_BT", "adv_BT", "importance_BT"):
         batch[column] = torch.randn(rows, length)
     return ppo.add_weights(batch, settings)
 
