@@ -14,6 +14,7 @@ from collections import Counter
 from math import comb
 from pathlib import Path
 
+import distributed
 from equality import canonical
 from rollout import judge, sample, sampler_of, verifier_of
 from run import Log, describe, seeded_generator, to_argv, write_json
@@ -92,7 +93,8 @@ def evaluate_only(settings, run_dir, policy, tokenizer, problems):
     log.metrics(0, {f"test_{name}": value for name, value in metrics.items()})
     log.samples(0, describe_samples(None, tokenizer, problems, rows, samples))
     log.close()
-    (run_dir / "results.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
+    if not distributed.rank():
+        (run_dir / "results.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
 
     lines = [(f"avg@{samples} at T = {settings.eval_temperature:g}, top-p = {settings.eval_top_p:g}", metrics["accuracy"])]
     for k in sorted({2**i for i in range(1, samples.bit_length())} | {samples} - {1}):

@@ -11,10 +11,12 @@ mask is ever derived from a pad id. Both models stay in eval mode: dropout would
 
 import copy
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,30 +29,36 @@ from transformers.modeling_layers import GenericForTokenClassification, Gradient
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, MODEL_MAPPING
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+import distributed
 import logprobs
+from distributed import gathers
 from run import BadInput, require
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def load_tokenizer(path):
+def load_tokenizer(path, trust_remote_code=False):
     """The model's tokenizer. Raises: BadInput if it cannot be read or has no EOS.
 
     A directory that says "the fast tokenizer in tokenizer.json, as it stands" is taken at its word: AutoTokenizer puts
     the model family's own in its place for some (any model of type qwen2), which splits texts otherwise, silently.
     """
     as_it_stands = loaded(get_tokenizer_config, path).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    tokenizer = loaded((PreTrainedTokenizerFast if as_it_stands else AutoTokenizer).from_pretrained, path)
+    kind = PreTrainedTokenizerFast if as_it_stands else AutoTokenizer
+    tokenizer = loaded(kind.from_pretrained, path, trust_remote_code=trust_remote_code)
     require(tokenizer.eos_token_id is not None, f"the tokenizer in {path} has no EOS token: set its eos_token, answers end with it")
     return tokenizer
 
 
-def load_policy(path, device, dtype="auto", length=0):
+def load_policy(path, device, dtype="auto", length=0, trust_remote_code=False):
     """The causal LM in `path`, float32 weights, eval mode, with `logit_treatment` measured (see `measure_logits`).
 
-    Raises: BadInput if it cannot be loaded, or has positions for fewer than `length` tokens of prompt and response.
+    Weights are read from safetensors only, which can hold no code. Raises: BadInput if it cannot be loaded, or has positions for
+    fewer than `length` tokens of prompt and response.
     """
-    policy = loaded(AutoModelForCausalLM.from_pretrained, path, dtype=torch.float32).to(device).eval()
+    trust = {"use_safetensors": True, "trust_remote_code": trust_remote_code}
+    policy = loaded(AutoModelForCausalLM.from_pretrained, path, dtype=torch.float32, **trust).eval()
+    policy = policy if distributed.world() > 1 else policy.to(device)  # else `shard` moves it, layer by layer
     longest = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
     require(not longest or length <= longest, f"{path} has {longest} positions: lower --prompt_length + --response_length from {length}")
     policy.logit_treatment = measure_logits(policy)
@@ -59,7 +67,18 @@ def load_policy(path, device, dtype="auto", length=0):
 
 
 def sampling_copy(policy):
-    """The policy, to sample from: itself, or a copy with bfloat16 weights, which would otherwise be cast for every token."""
+    """The policy, to sample from: itself, or a copy with bfloat16 weights, which would otherwise be cast for every token.
+    Of a policy whose weights are shared out over processes: a whole copy."""
+    if distributed.world() > 1:
+        with torch.device(device_of(policy)):
+            sampler = AutoModelForCausalLM.from_config(policy.config, dtype=policy.arithmetic).eval()
+        sampler.generation_config, sampler.logit_treatment, sampler.arithmetic = (
+            policy.generation_config,
+            policy.logit_treatment,
+            policy.arithmetic,
+        )
+        refresh(sampler, policy)
+        return sampler.requires_grad_(False)
     if policy.arithmetic == torch.float32:
         return policy
     sampler = copy.deepcopy(policy)
@@ -68,12 +87,23 @@ def sampling_copy(policy):
     return sampler
 
 
+@contextmanager
+def at_work(sampler, device, cpu_offload):
+    """With --cpu_offload, the copy that samples takes the device's memory only while it does."""
+    away = cpu_offload and distributed.world() > 1 and isinstance(sampler, torch.nn.Module)
+    if away:
+        sampler.to(device)
+    yield
+    if away:
+        sampler.to("cpu")
+
+
 @torch.no_grad()
 def refresh(sampler, policy):
     """Gives a copy made by `sampling_copy` the policy's weights of now."""
     if sampler is not policy:
         for copied, parameter in zip(sampler.parameters(), policy.parameters()):
-            copied.copy_(parameter)
+            copied.copy_(distributed.whole(parameter))
 
 
 def checkpoint_gradients(network, wanted):
@@ -89,19 +119,57 @@ def checkpoint_gradients(network, wanted):
     return network
 
 
-def load_critic(path, device, mean_reward=0.0, dtype="auto"):
+def ready(network, device, settings):
+    """A loaded policy or critic (or None) ready to be trained: its layers' activations made again if asked, its weights shared out
+    over the processes."""
+    if network is None:
+        return None
+    checkpoint_gradients(network, settings.gradient_checkpointing)
+    head = value_head(network) if hasattr(network, "score") or hasattr(network, "classifier") else None
+    return distributed.shard(network, device, network.arithmetic == torch.bfloat16, settings.cpu_offload, head)
+
+
+def require_same_words(policy, tokenizer, path):
+    """Raises: BadInput if the tokenizer has words that the policy in `path` has no embedding for."""
+    words, rows = max(tokenizer.get_vocab().values()) + 1, policy.get_input_embeddings().num_embeddings
+    require(words <= rows, f"the tokenizer in {path} has {words} words, its model {rows}: they are not of one kind")
+
+
+def require_critic(path, tokenizer, length, trust_remote_code=False):
+    """Raises: BadInput unless `path` holds what `load_critic` can make a critic for this tokenizer of. Reads no weights."""
+    config = loaded(AutoConfig.from_pretrained, path, trust_remote_code=trust_remote_code)
+    require_one_label(config, path)
+    critic_class(config)
+    text = config.get_text_config()
+    words, known = max(tokenizer.get_vocab().values()) + 1, getattr(text, "vocab_size", 0)
+    longest = getattr(text, "max_position_embeddings", None)
+    require(words <= known, f"{path} has {known} words, the policy's tokenizer {words}: take a critic of the same family")
+    require(not longest or length <= longest, f"{path} has {longest} positions: lower --prompt_length + --response_length from {length}")
+    if (Path(path) / "tokenizer.json").is_file():
+        same = load_tokenizer(path, trust_remote_code).get_vocab() == tokenizer.get_vocab()
+        require(same, f"{path} has another tokenizer than the policy: its values would be of other words")
+
+
+def require_one_label(config, path):
+    """Whether the config is of a critic or reward model. Raises: BadInput if it is, and has another number of labels than one."""
+    kind = (config.architectures or [""])[0]
+    is_scorer = kind.endswith(("ForTokenClassification", "ForSequenceClassification"))
+    require(not is_scorer or config.num_labels == 1, f"{path} has {config.num_labels} labels: a critic or reward model has one")
+    return is_scorer
+
+
+def load_critic(path, device, mean_reward=0.0, dtype="auto", trust_remote_code=False):
     """A critic from a policy, a reward model or a critic directory (its config.json says which).
 
     From a policy: its trunk with a zero head and bias = the mean reward, so V is that constant at first.
     From a reward model (`AutoModelForSequenceClassification`, one label): trunk and head, bias 0.
     From a critic: as it is. Raises: BadInput if the model has another number of labels.
     """
-    config = loaded(AutoConfig.from_pretrained, path)
-    kind = (config.architectures or [""])[0]
-    is_scorer = kind.endswith(("ForTokenClassification", "ForSequenceClassification"))
-    require(not is_scorer or config.num_labels == 1, f"{path} has {config.num_labels} labels: a critic or reward model has one")
+    config = loaded(AutoConfig.from_pretrained, path, trust_remote_code=trust_remote_code)
+    kind, is_scorer = (config.architectures or [""])[0], require_one_label(config, path)
     config.num_labels, config.classifier_dropout = 1, 0.0  # the class's own default is 0.1
-    critic = loaded(critic_class(config).from_pretrained, path, config=config, dtype=torch.float32)
+    trust = {"use_safetensors": True, "trust_remote_code": trust_remote_code}
+    critic = loaded(critic_class(config).from_pretrained, path, config=config, dtype=torch.float32, **trust)
     head = value_head(critic)
     with torch.no_grad():
         if not is_scorer:
@@ -110,7 +178,7 @@ def load_critic(path, device, mean_reward=0.0, dtype="auto"):
         elif not kind.endswith("ForTokenClassification"):
             head.bias.zero_()
     critic.arithmetic = arithmetic(dtype, device)
-    return critic.to(device).eval()
+    return critic.eval() if distributed.world() > 1 else critic.to(device).eval()
 
 
 def critic_class(config):
@@ -147,9 +215,10 @@ def loaded(from_pretrained, path, **options):
     transformers.logging.disable_progress_bar()
     try:
         return from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         kind = "" if Path(path).is_dir() else " (no such directory here; tried as a name on the hub)"
-        raise BadInput(f"cannot load {path}{kind}: {str(error).strip().splitlines()[0]}") from None
+        code = "; --trust_remote_code runs the code that it brings" if "trust_remote_code" in str(error) else ""
+        raise BadInput(f"cannot load {path}{kind}: {str(error).strip().splitlines()[0]}{code}") from None
 
 
 def arithmetic(dtype, device):
@@ -157,9 +226,14 @@ def arithmetic(dtype, device):
     return torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda") else torch.float32
 
 
+def device_of(network):
+    """Where it computes; with --cpu_offload its weights are elsewhere."""
+    return getattr(network, "computes_on", network.device)
+
+
 def autocast(network):
     """The network's arithmetic over its float32 weights."""
-    return torch.autocast(network.device.type, torch.bfloat16, enabled=network.arithmetic == torch.bfloat16)
+    return torch.autocast(device_of(network).type, torch.bfloat16, enabled=network.arithmetic == torch.bfloat16)
 
 
 @torch.no_grad()
@@ -201,6 +275,7 @@ def response_hidden(trunk, rows, shift=0):
     return hidden_BLD.gather(1, position_BT[..., None].expand(-1, -1, hidden_BLD.shape[2]))
 
 
+@gathers
 def policy_logprobs(policy, rows, temperature, kernels=(logprobs.add_slice, logprobs.slice_gradient)):
     """(logp_BT, entropy_BT) of the response tokens under the policy, float32, 0 on padding."""
     with autocast(policy):
@@ -214,11 +289,12 @@ def policy_logprobs(policy, rows, temperature, kernels=(logprobs.add_slice, logp
     return tuple(torch.zeros(on_BT.shape, device=on_BT.device).masked_scatter(on_BT, column_N) for column_N in of_tokens)
 
 
+@gathers
 def critic_values(critic, rows, shift=0):
     """value_BT: V of the state before each response token, float32 (`shift=1`: after it, where a reward model scores)."""
     with autocast(critic):
         hidden_BTD = response_hidden(critic.base_model, rows, shift)
-    return value_head(critic)(hidden_BTD.float())[..., 0]
+    return value_head(critic)(hidden_BTD.float())[..., 0].clone()  # no view: FSDP hangs its hooks on what is returned
 
 
 def response_tokens(rows):

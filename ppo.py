@@ -8,6 +8,7 @@ optimiser mini-batch. Shapes: B rows as in rollout.py, T response tokens. `setti
 import torch
 
 import dapo
+import distributed
 import gae
 import losses
 import model
@@ -19,11 +20,12 @@ def old_logprobs_and_values(policy, critic, rows, settings, kernels):
     """Adds old_logp_BT, entropy_BT and, with a critic, old_value_BT, from the same code as training: the first ratio is 1."""
     for name in ("old_logp_BT", "entropy_BT"):
         rows[name] = torch.zeros_like(rows["sampled_logp_BT"])
-    for index in table.micro_batches(rows, 4 * settings.micro_batch_tokens):
+    for index in distributed.deal(table.micro_batches(rows, 4 * settings.micro_batch_tokens)):
         part = table.take(rows, index)
         width = int(part["length_B"].max())
         logp_BT, entropy_BT = model.policy_logprobs(policy, part, settings.temperature, kernels.logprobs)
         rows["old_logp_BT"][index, :width], rows["entropy_BT"][index, :width] = logp_BT, entropy_BT
+    distributed.add_up(rows["old_logp_BT"], rows["entropy_BT"])
     if critic:
         rows["old_value_BT"] = table.values(critic, rows, 4 * settings.micro_batch_tokens)
     return rows
@@ -72,11 +74,11 @@ def backward(policy, critic, batch, settings, kernels):
     eps_high = settings.eps_high if settings.clip_higher else settings.eps_low  # piece 5
     mu = settings.mu if settings.positive_nll else 0.0  # piece 6
     sums = {"policy_loss": 0.0, "nll_loss": 0.0} | ({"value_loss": 0.0} if critic else {})
-    whole, ratio_max, ratio_sums = 0, 0.0, {"clip_low": 0.0, "clip_high": 0.0, "approx_kl": 0.0}
-    for index in table.micro_batches(batch, settings.micro_batch_tokens):
+    sums |= {"clip_low": 0.0, "clip_high": 0.0, "approx_kl": 0.0, "whole": 0, "ratio_max": 0.0}
+    for index in distributed.deal(table.micro_batches(batch, settings.micro_batch_tokens)):
         micro = table.take(batch, index)
         mask_BT = table.response_mask(micro)
-        whole += micro["token_BL"].numel()
+        sums["whole"] += micro["token_BL"].numel()
 
         if critic:
             value_BT = model.critic_values(critic, micro)
@@ -95,9 +97,9 @@ def backward(policy, critic, batch, settings, kernels):
         sums["policy_loss"] += policy_loss.item()
         sums["nll_loss"] += nll_loss.item()
         ratios = losses.ratio_metrics(logp_BT, micro["old_logp_BT"], micro["adv_BT"], mask_BT, settings.eps_low, eps_high)
-        ratio_max = max(ratio_max, ratios.pop("ratio_max").item())
+        sums["ratio_max"] = max(sums["ratio_max"], ratios.pop("ratio_max").item())
         for name, total in ratios.items():
-            ratio_sums[name] += total.item()
-    tokens = int(batch["length_B"].sum())
-    sums |= {"padding": 1 - (tokens + int(batch["prompt_length_B"].sum())) / whole, "ratio_max": ratio_max}
-    return sums | {name: total / tokens for name, total in ratio_sums.items()}
+            sums[name] += total.item()
+    sums, tokens = distributed.add_numbers(sums), int(batch["length_B"].sum())
+    sums["padding"] = 1 - (tokens + int(batch["prompt_length_B"].sum())) / sums.pop("whole")
+    return sums | {name: sums[name] / tokens for name in ("clip_low", "clip_high", "approx_kl")}

@@ -167,7 +167,8 @@ def encode_prompts(problems, tokenizer, template, prompt_length, chat_template=T
             f"{len(bad[0]['prompt'])} tokens: {bad[0].get('where', 'problem')} ({bad[0]['problem'][:40]!r}); raise it, or --drop_long_prompts"
         )
     if len(bad) == len(problems):
-        raise BadInput(f"all {len(bad)} prompts are longer than --prompt_length {prompt_length}: raise it")
+        first = bad[0].get("where", "problem")
+        raise BadInput(f"all {len(bad)} prompts, from {first} on, are longer than --prompt_length {prompt_length}: raise it")
     if bad:
         print(f"warning: dropped {len(bad)} of {len(problems)} problems: their prompts are longer than --prompt_length {prompt_length}")
     return [problem for problem in problems if 0 < len(problem["prompt"]) <= prompt_length]

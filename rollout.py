@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import Cache, DynamicCache, TopPLogitsWarper
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+import distributed
 import model
 import table
 from dapo import mixed_groups
@@ -76,17 +77,21 @@ def sample(
     Returns: rows (table.py) without verdict and reward, `problem_B` counting the problems given.
     """
     device, prompts = policy.device, [problem["prompt"] for problem in problems]
+    own = distributed.share(prompts)
+    if distributed.world() > 1:  # one draw from the generator, which is the same on all ranks, makes each rank's own
+        drawn = torch.randint(2**62, (1,), generator=generator, device=device).item()
+        generator = torch.Generator(device).manual_seed(drawn + distributed.rank())
     eos_N = torch.tensor(eos_ids(policy, tokenizer), device=device)
     pick = partial(draw, temperature=temperature, top_p=top_p)
-    bar = tqdm(total=len(prompts) * samples, desc=progress, unit="answer", disable=progress is None, leave=False)
+    bar = tqdm(total=len(own) * samples, desc=progress, unit="answer", disable=progress is None, leave=False)
     if engine == "slots":
-        columns = sample_in_slots(policy, prompts, samples, max_tokens, pick, generator, eos_N, sample_rows, bar)
+        columns = sample_in_slots(policy, own, samples, max_tokens, pick, generator, eos_N, sample_rows, bar)
     elif engine == "vllm":
-        columns = policy.answers(prompts, samples, max_tokens, temperature, top_p, generator, eos_N, bar)
+        columns = policy.answers(own, samples, max_tokens, temperature, top_p, generator, eos_N, bar)
     else:
-        columns = sample_with_generate(policy, prompts, samples, max_tokens, temperature, top_p, generator, eos_N, sample_rows, bar)
+        columns = sample_with_generate(policy, own, samples, max_tokens, temperature, top_p, generator, eos_N, sample_rows, bar)
     bar.close()
-    token_BT, logp_BT, length_B, stop_B = columns
+    token_BT, logp_BT, length_B, stop_B = distributed.gather_columns(columns)
     longest = int(length_B.max())
     token_BT = torch.where(torch.arange(longest, device=device) < length_B[:, None], token_BT[:, :longest], 0)
     prompt_PL, prompt_length_P = left_padded(prompts, device)
@@ -370,8 +375,9 @@ def judge(rows, tokenizer, problems, verify=verify, reward_correct=1.0, reward_w
     terminal, and wrong: its last words may be half of a number."""
     answers = [problems[i]["answer"] for i in rows["problem_B"].tolist()]
     said = zip(table.texts(rows, tokenizer), answers, rows["stop_B"].tolist())
-    verdicts = [whole and verify(text, answer) for text, answer, whole in said]
-    rows["correct_B"] = torch.tensor(verdicts, device=rows["length_B"].device)
+    mine = distributed.share(range(len(answers)))
+    verdicts = [i in mine and whole and verify(text, answer) for i, (text, answer, whole) in enumerate(said)]
+    rows["correct_B"] = distributed.add_up(torch.tensor(verdicts, device=rows["length_B"].device).int()).bool()
     rows["reward_B"] = torch.where(rows["correct_B"], reward_correct, reward_wrong)
     return rows
 

@@ -5,6 +5,7 @@ TensorBoard in tb/, samples.jsonl (a few answers an evaluation), checkpoint/ (to
 """
 
 import argparse
+import errno
 import functools
 import importlib.util
 import json
@@ -12,8 +13,10 @@ import math
 import platform
 import random
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -22,23 +25,83 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
+import distributed
+
 
 class BadInput(ValueError):
     """Something that the user can mend; its message is one line that names the cause and the fix."""
 
 
+class Stopped(Exception):
+    """The run was asked to stop, and has saved itself."""
+
+
 def exit_on_bad_input(main):
-    """Decorates a script's main: BadInput becomes one line on standard error and exit code 2."""
+    """Decorates a script's main: BadInput becomes one line on standard error and exit code 2; a signal to stop, a line and
+    128 + its number. Under torchrun, another error is followed by a line that names the processes that do not answer."""
 
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
             return main(argv)
         except BadInput as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            line = f"error: {' '.join(str(error).split())}"
+            if not distributed.rank_0_says(line):
+                print(line, file=sys.stderr, flush=True)
             raise SystemExit(2) from None
+        except OSError as error:
+            if error.errno not in USERS_DISK:
+                raise
+            print(f"error: {error.filename or 'writing'}: {error.strerror}: mend that, or give another --out", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+        except Stopped as stopped:
+            print(f"stopped by {STOP[0].name}: {stopped}", file=sys.stderr)
+            raise SystemExit(128 + STOP[0]) from None
+        except Exception as error:
+            if distributed.world() > 1:
+                silent = ", ".join(f"rank {rank}" for rank in distributed.silent_ranks()) or "none"
+                print(f"error on rank {distributed.rank()}: {error}; dead or hanging: {silent}", file=sys.stderr, flush=True)
+            raise
 
     return wrapped
+
+
+USERS_DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EFBIG,
+    errno.ENAMETOOLONG,
+)
+STOP = []  # the signal that asked this process to stop
+
+
+@contextmanager
+def finishing_the_step():
+    """While it lasts, SIGTERM and Ctrl-C do not end the process but make `stopping()` true; the second one does end it."""
+
+    def handler(number, frame):
+        if STOP:
+            raise KeyboardInterrupt
+        STOP.append(signal.Signals(number))
+        print(f"\n{STOP[0].name}: finishing this step and saving; once more to stop at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    STOP.clear()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stopping():
+    """Whether any process of the run was asked to stop."""
+    return distributed.any_rank(bool(STOP))
 
 
 def flag(default, help, **metadata):
@@ -57,6 +120,9 @@ class RunSettings:
         "", "training problems: a .jsonl, .json, .csv or .parquet file, or OWNER/NAME:CONFIG@SPLIT of the hub (see problems.py)"
     )
     world: str = flag("", "directory of the embedded world that model and problems come from; its truth is then reported")
+    trust_remote_code: bool = flag(
+        False, "run the Python code that a model directory or hub name brings with it; weights are safetensors in any case"
+    )
     seed: int = flag(0, "seed of the data order, the sampling and the mini-batches")
     device: str = flag("auto", "auto (cuda if there is one), cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "dtype of the arithmetic; weights stay float32; auto: bfloat16 on cuda")
@@ -88,6 +154,8 @@ class RunSettings:
         16384, "tokens of a forward and backward pass, padding included; changes memory and speed, never a gradient"
     )
 
+    cpu_offload: bool = flag(False, "torchrun: weights, gradients and optimiser states stay in the CPU's memory")
+    rank_timeout: float = flag(60.0, "torchrun: minutes that the processes wait for one of them")
     gradient_checkpointing: bool = flag(False, "make the layers' activations again in the backward pass: less memory, a third more time")
 
     def check(self, needs_train=True):
@@ -95,6 +163,7 @@ class RunSettings:
         for name in ("prompt_length", "response_length", "sample_rows", "micro_batch_tokens"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
         require(self.engine == "slots" or not self.compile_decode, "--compile_decode is for --engine slots")
+        require(self.rank_timeout > 0, "--rank_timeout must be positive")
         require(0 < self.vllm_memory <= 1, "--vllm_memory is a share: above 0, at most 1")
         for flags, wanted, package in (
             ("--verifier math_verify", self.verifier == "math_verify", "math-verify"), ("--engine vllm", self.engine == "vllm", "vllm"),
@@ -165,7 +234,7 @@ def pick_device(name):
     except RuntimeError as error:
         raise BadInput(f"--device {name}: {error}") from None
     require(device.type != "cuda" or torch.cuda.is_available(), f"--device {name}: this machine has no CUDA device")
-    return device
+    return distributed.local_device(device)
 
 
 def seeded_generator(seed, purpose, device="cpu"):
@@ -199,8 +268,10 @@ def describe(device):
 
 
 def write_json(path, value):
-    """Writes beside and renames: the file is the old one or the new one, never half of it."""
+    """Writes beside and renames: the file is the old one or the new one, never half of it. Rank 0 does."""
     path = Path(path)
+    if distributed.rank():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(json.dumps(value, indent=2) + "\n")
@@ -215,34 +286,56 @@ class Log:
     """
 
     def __init__(self, run_dir, after=-1):
+        self.run_dir, self.tensorboard, self.warned = Path(run_dir), None, False
+        if distributed.rank():  # rank 0 logs
+            return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if after < 0:
             shutil.rmtree(self.run_dir / "tb", ignore_errors=True)
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.run_dir / name
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after))
+            beside = path.with_name(name + ".tmp")
+            beside.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after))
+            beside.replace(path)
         self.tensorboard = SummaryWriter(self.run_dir / "tb", purge_step=after + 1 if after >= 0 else None)
 
     def metrics(self, step, numbers):
         """One line of numbers; what is not finite becomes null."""
         numbers = {name: float(value) for name, value in numbers.items()}
-        for name, value in numbers.items():
-            self.tensorboard.add_scalar(name, value, step)
-        self.tensorboard.flush()
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self._append("metrics.jsonl", line)
+        self._write("metrics.jsonl", [line])
+        try:
+            for name, value in numbers.items() if self.tensorboard else ():
+                self.tensorboard.add_scalar(name, value, step)
+            if self.tensorboard:
+                self.tensorboard.flush()
+        except OSError as error:
+            self._warn(error)
 
     def samples(self, step, samples):
-        for sample in samples:
-            self._append("samples.jsonl", {"step": step} | sample)
+        self._write("samples.jsonl", [{"step": step} | sample for sample in samples])
 
-    def _append(self, name, line):
-        with open(self.run_dir / name, "a") as file:
-            file.write(json.dumps(line) + "\n")
+    def _write(self, name, lines):
+        if self.tensorboard is None:
+            return
+        try:
+            with open(self.run_dir / name, "a") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+        except OSError as error:
+            self._warn(error)
+
+    def _warn(self, error):
+        """A log that is lost is not a run that is lost: it is said once."""
+        if not self.warned:
+            print(f"warning: cannot write the log in {self.run_dir} ({error}); the run goes on", file=sys.stderr)
+        self.warned = True
 
     def close(self):
-        self.tensorboard.close()
+        try:
+            if self.tensorboard:
+                self.tensorboard.close()
+        except OSError as error:
+            self._warn(error)

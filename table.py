@@ -11,6 +11,7 @@ Shapes: B rows; L prompt + response tokens; T response tokens.
 
 import torch
 
+from distributed import add_up, deal
 from gae import explained_variance
 from model import critic_values
 
@@ -72,10 +73,10 @@ def texts(rows, tokenizer):
 def values(critic, rows, micro_batch_tokens, shift=0):
     """value_BT of all rows, `micro_batch_tokens` at a time; 0 on padding (`shift`: see `model.critic_values`)."""
     value_BT = torch.zeros_like(response_mask(rows))
-    for index in micro_batches(rows, micro_batch_tokens):
+    for index in deal(micro_batches(rows, micro_batch_tokens)):
         part = take(rows, index)
         value_BT[index, : int(part["length_B"].max())] = critic_values(critic, part, shift) * response_mask(part)
-    return value_BT
+    return add_up(value_BT)
 
 
 def rollout_metrics(rows):

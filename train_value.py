@@ -17,6 +17,7 @@
 import copy
 import hashlib
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import distributed
 import losses
 import model
 import problems as problem_files
@@ -38,14 +40,17 @@ from gae import explained_variance
 from run import (
     Log,
     RunSettings,
+    Stopped,
     compiler,
     describe,
     exit_on_bad_input,
+    finishing_the_step,
     flag,
     parse_settings,
     pick_device,
     require,
     seeded_generator,
+    stopping,
     to_argv,
     write_json,
 )  # fmt: skip
@@ -89,20 +94,21 @@ def fingerprint(policy, problems):
     return hashlib.sha256(firsts.numpy().tobytes() + texts.encode()).hexdigest()[:16]
 
 
-def sampled_answers(settings, out, policy, tokenizer, problems):
-    """Judged rows from the frozen policy; stored, so that a second run on them samples nothing."""
+def sampled_answers(settings, out, policy, tokenizer, problems, mark):
+    """Judged rows from the frozen policy; stored, so that a second run on them samples nothing. mark: the `fingerprint`."""
+    device = model.device_of(policy)
     path = Path(settings.reuse_answers or out / "answers.pt")
     # What the answers depend on: those of another policy, file, temperature … must not be used in silence.
     names = [
         "prompt_template", "chat_template", "response_length", "temperature", "verifier", "bare_number", "reward_correct", "reward_wrong",
     ]  # fmt: skip
     names += [] if settings.reuse_answers else ["seed", "answers", "samples"]
-    source = {name: getattr(settings, name) for name in names} | {"policy or problems": fingerprint(policy, problems)}
-    if path.exists():
+    source = {name: getattr(settings, name) for name in names} | {"policy or problems": mark}
+    if distributed.from_rank_0(path.exists()):
         stored = checkpoint.read(path)
         differ = [name for name in source if stored["source"].get(name) != source[name]]
         require(not differ, f"{path} holds answers with another {', '.join(differ)}: give another --out or remove the file")
-        return {name: column.to(policy.device) for name, column in stored["rows"].items()}
+        return {name: column.to(device) for name, column in stored["rows"].items()}
     require(not settings.reuse_answers, f"no stored answers at {path}")
     order = seeded_generator(settings.seed, "pretraining problems")
     groups = -(-settings.answers // settings.samples)
@@ -111,10 +117,10 @@ def sampled_answers(settings, out, policy, tokenizer, problems):
     rows = rollout.sample(
         rollout.sampler_of(policy, settings), tokenizer, [problems[i] for i in chosen.tolist()], settings.samples, settings.response_length,
         settings.temperature,
-        seeded_generator(settings.seed, "pretraining answers", policy.device), settings.sample_rows, progress="value: sampling",
+        seeded_generator(settings.seed, "pretraining answers", device), settings.sample_rows, progress="value: sampling",
         engine=settings.engine,
     )  # fmt: skip
-    rows["problem_B"] = chosen.to(policy.device)[rows["problem_B"]]
+    rows["problem_B"] = chosen.to(device)[rows["problem_B"]]
     rollout.judge(rows, tokenizer, problems, rollout.verifier_of(settings), settings.reward_correct, settings.reward_wrong)
     checkpoint.write(path, {"source": source, "rows": rows})
     return rows
@@ -156,15 +162,17 @@ def measure(critic, rows, objective, micro_batch_tokens):
     }, value_BT
 
 
-def fit(settings, critic, rows, held_out_rows, score, log):
-    """Offline passes over the rows. `score`: value_BT of the held-out rows → numbers to log beside each measurement.
+def fit(settings, out, critic, rows, held_out_rows, score, log, state):
+    """Offline passes over the rows. `score`: value_BT of the held-out rows → numbers to log beside each measurement; `state`: a
+    checkpoint to go on from, or None. There is one after each pass.
 
     Returns: (metrics of the kept pass, its optimiser step); the critic has the weights of that pass.
     """
     optimizer = torch.optim.AdamW(critic.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
-    value_loss = compiler(settings, critic.device)(losses.value_loss)
+    device = model.device_of(critic)
+    value_loss = compiler(settings, device)(losses.value_loss)
     order = seeded_generator(settings.seed, "pretraining mini-batches")
-    everything_N = torch.arange(len(rows["length_B"]), device=critic.device)
+    everything_N = torch.arange(len(rows["length_B"]), device=device)
     short_N = rows["length_B"].sort(stable=True).indices[: -(-len(everything_N) // 2)]
     passes = [short_N] * settings.short_passes + [everything_N] * settings.passes
     limit = sum(-(-len(index_N) // settings.batch) for index_N in passes)
@@ -183,40 +191,68 @@ def fit(settings, critic, rows, held_out_rows, score, log):
         report(log, step, numbers | held_out)
         return {"held_out": held_out, "step": step, "weights": copy.deepcopy(critic.state_dict())}
 
-    best = measured({})
-    bar = tqdm(total=limit, desc="value: fitting", unit="step", leave=False)
-    for number, pass_N in enumerate(passes):
-        if step == limit or worse == settings.patience:
+    learners = {"critic": critic, "optimizer": optimizer, "scheduler": scheduler}
+    if state is None:
+        first, skipped, done, best = 0, 0, False, measured({})
+    else:
+        directory, rest = state
+        first, skipped, step, worse, done, best = (rest[name] for name in ("passes", "in_pass", "step", "worse", "done", "best"))
+        best["weights"] = copy.deepcopy(critic.state_dict())
+        checkpoint.restore(directory, rest, learners | {"best_weights": best["weights"]})
+        order.set_state(rest["order"])
+
+    def save(passes, in_pass, order_state):
+        rest = {"passes": passes, "in_pass": in_pass, "order": order_state, "step": step, "worse": worse, "done": done}
+        rest |= {"best": {"held_out": best["held_out"], "step": best["step"]}, "settings": to_argv(settings)}
+        checkpoint.save(out, step, learners | {"best_weights": best["weights"]}, rest, keep=1)
+
+    def stop_if_asked(*where):
+        if stopping():
+            save(*where)
+            raise Stopped(f"step {step} of value pretraining is saved in {out}: the same command, or --resume of the run, goes on")
+
+    bar = tqdm(total=limit, initial=step, desc="value: fitting", unit="step", leave=False)
+    for number, pass_N in list(enumerate(passes))[first:]:
+        if step == limit or worse == settings.patience or done:
             break
+        order_state = order.get_state()
         shuffled_N = pass_N[torch.randperm(len(pass_N), generator=order).to(pass_N.device)]
-        batches = shuffled_N.split(settings.batch)[: limit - step]
-        for index_N in batches:
+        batches = list(shuffled_N.split(settings.batch))
+        if len(batches[-1]) < distributed.world():  # each process needs a row
+            batches[-2:] = [torch.cat(batches[-2:])]
+        batches = batches[: limit - step + skipped]
+        for done_in_pass, index_N in list(enumerate(batches, 1))[skipped:]:
             batch = table.take(rows, index_N)
             target_BT, mask_BT, shift = objective_columns(batch, settings.objective)
             weight_BT = losses.token_weights(mask_BT, "token")  # over the whole batch, before it is split
             total = 0.0
-            for micro in table.micro_batches(batch, settings.micro_batch_tokens):
+            for micro in distributed.deal(table.micro_batches(batch, settings.micro_batch_tokens)):
                 value_BT = model.critic_values(critic, table.take(batch, micro), shift)
                 width = value_BT.shape[1]
                 loss = (value_loss(value_BT, target_BT[micro, :width]) * weight_BT[micro, :width]).sum()
                 loss.backward()
                 total += loss.item()
-            norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), settings.max_grad_norm).item()
+            numbers = distributed.add_numbers({"train_value_loss": total})
+            numbers["value_grad_norm"] = distributed.clip_gradients(critic.parameters(), settings.max_grad_norm)
+            finite = all(map(math.isfinite, numbers.values()))
+            require(finite, f"value pretraining, step {step + 1}: loss or gradient is not finite {numbers}: lower --lr (--pretrain_lr)")
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
             step += 1
             bar.update()
-            numbers = {"train_value_loss": total, "value_grad_norm": norm}
             if index_N is not batches[-1]:
                 log.metrics(step, numbers)
+                stop_if_asked(number, done_in_pass, order_state)
+        skipped = 0
         now = measured(numbers)
         if now["held_out"]["value_loss"] < best["held_out"]["value_loss"]:
             best, worse = now, 0
         elif number >= settings.short_passes:  # the short answers alone are not meant to be enough
             worse += 1
-        if now["held_out"]["explained_variance"] >= settings.target_explained_variance:
-            break
+        done = now["held_out"]["explained_variance"] >= settings.target_explained_variance
+        stop_if_asked(number + 1, 0, order.get_state())
+        save(number + 1, 0, order.get_state())
     bar.close()
     critic.load_state_dict(best["weights"])
     return best["held_out"], best["step"]
@@ -238,18 +274,26 @@ def main(argv=None):
     """Runs the script; returns the kept critic's held-out metrics, its directory and, where known, the best possible."""
     started = time.time()
     settings = parse_settings(Settings, argv, __doc__)
+    distributed.start(settings.rank_timeout)
     if not settings.model:
-        world = toy.build(toy.World())
+        with distributed.rank_0_first():
+            world = toy.build(toy.World())
         settings = parse_settings(Settings, [f"@{world}/train_value.args", *(sys.argv[1:] if argv is None else argv)], __doc__)
     settings.check()
     device = pick_device(settings.device)
     torch.manual_seed(settings.seed)
-    out = Path(settings.out or time.strftime("runs/value-%Y%m%d-%H%M%S"))
-    require(not (out / "critic").exists(), f"{out} holds a critic already: give another --out")
-    tokenizer = model.load_tokenizer(settings.model)
+    out = Path(settings.out or distributed.from_rank_0(time.strftime("runs/value-%Y%m%d-%H%M%S")))
+    require(not distributed.from_rank_0((out / "critic").exists()), f"{out} holds a critic already: give another --out")
+    tokenizer = model.load_tokenizer(settings.model, settings.trust_remote_code)
+    if settings.init:
+        model.require_critic(settings.init, tokenizer, settings.prompt_length + settings.response_length, settings.trust_remote_code)
     problems = problem_files.prompted_problems(settings.train, tokenizer, settings)
-    policy = model.load_policy(settings.model, device, settings.dtype)
-    rows = sampled_answers(settings, out, policy, tokenizer, problems)
+    length = settings.prompt_length + settings.response_length
+    policy = model.load_policy(settings.model, device, settings.dtype, length, settings.trust_remote_code)
+    model.require_same_words(policy, tokenizer, settings.model)
+    mark = fingerprint(policy, problems)
+    rows = sampled_answers(settings, out, model.ready(policy, device, settings), tokenizer, problems, mark)
+    del policy
     fit_rows, held_out_rows = split_by_problem(rows, settings.held_out, settings.seed)
     known = {}
     if settings.world and settings.objective == "value":  # the truth is known there: what could any critic explain?
@@ -263,13 +307,21 @@ def main(argv=None):
         drops = truth.step_drops(settings.world, problems, tokenizer, held_out_rows, value_BT)
         return known | {"slip_auc": truth.auc(*drops)}
 
-    critic = model.load_critic(settings.init or settings.model, device, fit_rows["reward_B"].mean().item(), settings.dtype)
-    model.checkpoint_gradients(critic, settings.gradient_checkpointing)
-    log = Log(out)
+    mean_reward = fit_rows["reward_B"].mean().item()
+    critic = model.load_critic(settings.init or settings.model, device, mean_reward, settings.dtype, settings.trust_remote_code)
+    critic = model.ready(critic, device, settings)
+    state = checkpoint.load(out)
+    require(
+        not state or state[1]["settings"] == to_argv(settings),
+        f"{out} holds value pretraining that was stopped, with other settings: give another --out, or remove it",
+    )
+    log = Log(out, after=state[1]["step"] if state else -1)
     write_json(out / "config.json", {"settings": to_argv(settings), "on": describe(device)})
-    metrics, step = fit(settings, critic, fit_rows, held_out_rows, score, log)
+    with finishing_the_step():
+        metrics, step = fit(settings, out, critic, fit_rows, held_out_rows, score, log, state)
     critic_dir = out / "critic"
     checkpoint.export(critic, tokenizer, critic_dir)
+    checkpoint.remove(out)
     log.close()
     print(
         f"value: kept step {step}, explained variance {metrics['explained_variance']:.3f}, in {critic_dir} ({time.time() - started:.0f} s)"

@@ -6,6 +6,7 @@
     python train_vapo.py --preset ppo                                # or vc_ppo, grpo, dapo: the rivals, as settings of it
     python train_vapo.py --eval_only --model DIR --test FILE --samples 32 --eval_top_p 0.7     # avg@k, pass@k, maj@k
     python train_vapo.py --resume runs/NAME                          # go on from the last checkpoint
+    python train_vapo.py --plan --model NAME --gpus 64               # what a run would need, on paper
 
 PPO with seven changes, each with a flag, and each in its place here or in ppo.py:
 1. value pretraining     the critic starts from Monte-Carlo returns of the frozen policy     --no_value_pretraining
@@ -18,6 +19,7 @@ PPO with seven changes, each with a flag, and each in its place here or in ppo.p
 """
 
 import json
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -30,10 +32,12 @@ from tqdm import tqdm
 
 import checkpoint
 import dapo
+import distributed
 import evaluate
 import logprobs
 import losses
 import model
+import plan
 import ppo
 import problems as problem_files
 import rollout
@@ -44,14 +48,17 @@ import truth
 from run import (
     Log,
     RunSettings,
+    Stopped,
     compiler,
     describe,
     exit_on_bad_input,
+    finishing_the_step,
     flag,
     parse_settings,
     pick_device,
     require,
     seeded_generator,
+    stopping,
     to_argv,
     write_json,
 )  # fmt: skip
@@ -71,12 +78,17 @@ PRESETS = {
 }  # fmt: skip
 
 
+# What --resume may change: nothing of the mathematics.
+MAY_CHANGE = ("resume", "steps", "eval_every", "save_every", "keep", "generations", "max_bad_steps", "micro_batch_tokens",
+              "gradient_checkpointing", "cpu_offload", "rank_timeout")  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Settings(RunSettings):
     preset: Literal["vapo", "vc_ppo", "ppo", "grpo", "dapo"] = flag("vapo", "the algorithm: what it changes stands in PRESETS")
     test: str = flag("", "held-out problems, like --train")
     out: str = flag("", "run directory; empty: runs/vapo-DATE-TIME")
-    resume: str = flag("", "go on with the run in this directory; of other flags only --steps, --eval_every, --save_every, --generations")
+    resume: str = flag("", "go on with the run in this directory, as it is; of other flags only those that leave the mathematics as it was")
     critic: str = flag("", "start from this pretrained critic, as it is; empty: pretrain one (train_value.py)")
     reward_model: str = flag("", "the critic starts from this reward model; fit: from one fitted here; empty: from the policy's trunk")
 
@@ -95,6 +107,7 @@ class Settings(RunSettings):
     lr: float = flag(1e-6, "AdamW learning rate of the policy, constant after the warm-up")
     critic_lr: float = flag(2e-6, "AdamW learning rate of the critic")
     warmup: int = flag(10, "optimiser steps of linear warm-up")
+    max_bad_steps: int = flag(8, "stop after so many optimiser steps in a row whose loss or gradient is not finite; they are skipped")
     max_grad_norm: float = flag(1.0, "gradient clipping, of policy and critic each")
     alpha: float = flag(0.05, "α of length-adaptive GAE; the outcome reaches the first token with weight exp(-1/α)")
     lam_policy: float = flag(0.95, "λ of the policy's advantages without length-adaptive GAE")
@@ -127,18 +140,36 @@ class Settings(RunSettings):
     eval_every: int = flag(5, "rollouts between evaluations; 0: only before and after")
     eval_samples: int = flag(8, "samples per test problem in an evaluation")
     save_every: int = flag(5, "rollouts between checkpoints; 0: only at the end")
+    keep: int = flag(2, "checkpoints to keep, the last ones")
+
+    plan: bool = flag(False, "train nothing: memory and time of this run on --gpus GPUs, on paper (plan.py); reads only the model's config")
+    gpus: int = flag(1, "--plan: how many GPUs")
+    gpu_memory: float = flag(80.0, "--plan: GB of one GPU (10^9 bytes)")
+    gpu_tflops: float = flag(989.0, "--plan: 10^12 operations a second of one GPU, as its maker states (H100 SXM, bfloat16, dense)")
+    gpu_bandwidth: float = flag(3350.0, "--plan: GB a second between a GPU and its memory, as its maker states (H100 SXM)")
 
     def check(self):
-        super().check(needs_train=not self.eval_only)
-        for name in ("prompts", "samples", "mini_batch", "pretrain_answers", "pretrain_passes", "eval_samples", "generations"):
+        super().check(needs_train=not (self.eval_only or self.plan))
+        for name in (
+            "prompts", "samples", "mini_batch", "pretrain_answers", "pretrain_passes", "eval_samples", "generations", "keep", "max_bad_steps",
+            "gpus",
+        ):  # fmt: skip
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
         for name in ("steps", "warmup", "mu", "value_clip", "eval_every", "save_every", "pretrain_steps", "pretrain_short_passes"):
             require(getattr(self, name) >= 0, f"--{name} must not be negative")
-        for name in ("lr", "critic_lr", "pretrain_lr", "max_grad_norm", "alpha", "eps_high", "eval_temperature"):
+        for name in (
+            "lr", "critic_lr", "pretrain_lr", "max_grad_norm", "alpha", "eps_high", "eval_temperature",
+            "gpu_memory", "gpu_tflops", "gpu_bandwidth",
+        ):  # fmt: skip
             require(getattr(self, name) > 0, f"--{name} must be positive")
         for name in ("lam_policy", "lam_critic", "overlong"):
             require(0 <= getattr(self, name) <= 1, f"--{name} must be between 0 and 1")
         require(self.is_clip is None or self.is_clip == 0 or self.is_clip >= 1, "--is_clip is 0 or at least 1")
+        answers = self.prompts * self.samples
+        smallest = answers // -(-answers // self.mini_batch)
+        prompts = self.prompts if self.group_sampling else answers
+        for rows, what in ((prompts, "--prompts"), (smallest, "answers in a mini-batch (--mini_batch)")):
+            require(rows >= distributed.world(), f"{rows} {what} for {distributed.world()} processes: each needs one at least")
         require(0 < self.eps_low < 1, "--eps_low must be between 0 and 1")
         require(0 < self.eval_top_p <= 1, "--eval_top_p is a probability: above 0, at most 1")
         if self.critic_free:  # a switch that would change nothing is refused
@@ -149,7 +180,7 @@ class Settings(RunSettings):
         if self.critic_free or self.dynamic_sampling:
             name = "--critic_free" if self.critic_free else "--dynamic_sampling"
             require(self.group_sampling and self.samples > 1, f"{name} compares the answers of a group: it needs --samples above 1")
-        require(bool(self.test), 'give --test FILE: held-out problems, say a JSONL of {"problem": ..., "answer": ...}')
+        require(bool(self.test) or self.plan, 'give --test FILE: held-out problems, say a JSONL of {"problem": ..., "answer": ...}')
 
 
 def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems, log, state):
@@ -157,7 +188,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
 
     Returns: (before, after), the metrics of `evaluate.evaluate` on the test problems.
     """
-    device = policy.device
+    device = model.device_of(policy)
     wrap = compiler(settings, device)
     kernels = SimpleNamespace(
         logprobs=(wrap(logprobs.add_slice), wrap(logprobs.slice_gradient)),
@@ -185,10 +216,11 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
     def answers():
         """One batch of judged answers. The verifier's verdict is the reward; DAPO punishes length beside it."""
         asked = rollout.next_problems(problems, prompts, order)
-        rows = rollout.sample(
-            sampler, tokenizer, [problems[i] for i in asked], samples, settings.response_length, settings.temperature,
-            generators["sample"], settings.sample_rows, progress="sampling", engine=settings.engine,
-        )  # fmt: skip
+        with model.at_work(sampler, device, settings.cpu_offload):
+            rows = rollout.sample(
+                sampler, tokenizer, [problems[i] for i in asked], samples, settings.response_length, settings.temperature,
+                generators["sample"], settings.sample_rows, progress="sampling", engine=settings.engine,
+            )  # fmt: skip
         rows["problem_B"] = torch.tensor(asked, device=device)[rows["problem_B"]]
         rollout.judge(rows, tokenizer, problems, verify, settings.reward_correct, settings.reward_wrong)
         if cache := round(settings.overlong * settings.response_length):
@@ -197,31 +229,31 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
 
     def tested(step):
         started = time.time()
-        metrics, rows, _ = evaluate.evaluate(
-            sampler, tokenizer, test_problems, settings.eval_samples, settings, verify, progress=f"evaluation {step}"
-        )
+        with model.at_work(sampler, device, settings.cpu_offload):
+            metrics, rows, _ = evaluate.evaluate(
+                sampler, tokenizer, test_problems, settings.eval_samples, settings, verify, progress=f"evaluation {step}"
+            )
         log.samples(step, table.describe_samples(critic, tokenizer, test_problems, rows, settings.eval_samples))
         return metrics, {f"test_{name}": value for name, value in metrics.items()} | {"seconds_eval": time.time() - started}
 
     def save(step):
-        saved = {name: learner.state_dict() for name, learner in learners.items()}
-        saved |= {f"{name}_generator": source.get_state() for name, source in generators.items()}
-        numbers = {"step": step, "queue": order["queue"], "sampled": sampled, "before": before, "after": after}
-        checkpoint.save(run_dir, saved | numbers)
+        rest = {"step": step, "queue": order["queue"], "sampled": sampled, "before": before, "after": after, "bad_steps": bad_steps}
+        rest |= {f"{name}_generator": source.get_state() for name, source in generators.items()}
+        checkpoint.save(run_dir, step, learners, rest, settings.keep)
 
     if state is None:
-        first, sampled, (before, numbers) = 0, 0, tested(0)
+        first, sampled, bad_steps, (before, numbers) = 0, 0, 0, tested(0)
         after = before
         log.metrics(0, numbers)
         save(0)
     else:
-        for name, learner in learners.items():
-            learner.load_state_dict(state[name])
+        directory, rest = state
+        checkpoint.restore(directory, rest, learners)
         rollout.refresh(sampler, policy)
         for name, source in generators.items():
-            source.set_state(state[f"{name}_generator"])
-        order["queue"], first, sampled = state["queue"], state["step"], state["sampled"]
-        before, after = state["before"], state["after"]
+            source.set_state(rest[f"{name}_generator"])
+        order["queue"], first, sampled, bad_steps = rest["queue"], rest["step"], rest["sampled"], rest["bad_steps"]
+        before, after = rest["before"], rest["after"]
 
     bar = tqdm(range(first + 1, settings.steps + 1), initial=first, total=settings.steps, desc=settings.preset, unit="rollout")
     for step in bar:
@@ -239,13 +271,18 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
         for index in torch.randperm(len(rows["length_B"]), generator=generators["mini_batch"]).tensor_split(count):
             batch = ppo.add_weights(table.take(rows, index.to(device)), settings)
             metrics = ppo.backward(policy, critic, batch, settings, kernels)
-            for name in ("critic", "policy") if critic else ("policy",):
-                parameters = learners[name].parameters()
-                metrics[f"{name}_grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
-                learners[f"{name}_optimizer"].step()
-                learners[f"{name}_scheduler"].step()
+            names = ("critic", "policy") if critic else ("policy",)
+            for name in names:
+                metrics[f"{name}_grad_norm"] = distributed.clip_gradients(learners[name].parameters(), settings.max_grad_norm)
+            bad_steps = 0 if (finite := all(map(math.isfinite, metrics.values()))) else bad_steps + 1
+            if not finite:
+                keep_bad_batch(run_dir, step, len(updates), batch, metrics, bad_steps, settings.max_bad_steps)
+            for name in names:
+                if finite:
+                    learners[f"{name}_optimizer"].step()
+                    learners[f"{name}_scheduler"].step()
                 learners[f"{name}_optimizer"].zero_grad()
-            updates.append(metrics)
+            updates.append(metrics | {"bad_steps": float(not finite)})
         rollout.refresh(sampler, policy)
         clock.append(time.time())
 
@@ -253,8 +290,9 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
         numbers = table.rollout_metrics(rows) | drawn | {"answers": sampled}
         if critic and settings.world:  # the truth is known there
             numbers |= truth.score_critic(settings.world, problems, tokenizer, rows, rows["old_value_BT"])
-        numbers |= {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
-        numbers["ratio_max"] = max(u["ratio_max"] for u in updates)
+        good = [update for update in updates if not update["bad_steps"]] or updates
+        numbers |= {name: sum(update[name] for update in good) / len(good) for name in updates[0]}
+        numbers |= {"ratio_max": max(update["ratio_max"] for update in good), "bad_steps": sum(update["bad_steps"] for update in updates)}
         seconds = [end - start for start, end in zip(clock, clock[1:])]
         numbers |= dict(zip(("seconds_sample", "seconds_score", "seconds_update"), seconds))
         tokens = int(rows["length_B"].sum())
@@ -267,9 +305,25 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
             after, measured = tested(step)
             numbers |= measured
         log.metrics(step, numbers)
-        if last or (settings.save_every and step % settings.save_every == 0):
+        stop = stopping()
+        if last or stop or (settings.save_every and step % settings.save_every == 0):
             save(step)
+        if stop and not last:
+            raise Stopped(f"rollout {step} of {settings.steps} is saved: python train_vapo.py --resume {run_dir} goes on")
     return before, after
+
+
+def keep_bad_batch(run_dir, step, number, batch, metrics, in_a_row, limit):
+    """A mini-batch whose loss or gradient is not finite: it is skipped, and kept. Raises: BadInput after `limit` in a row."""
+    path = Path(run_dir) / "bad_batches" / f"step-{step:06d}-{number}.pt"
+    checkpoint.write(path, {"batch": batch, "metrics": metrics})
+    broken = ", ".join(name for name, value in metrics.items() if not math.isfinite(value))
+    tqdm.write(f"warning: rollout {step}, optimiser step {number} is skipped, {broken} not finite; its batch is in {path}")
+    require(
+        in_a_row < limit,
+        f"{in_a_row} optimiser steps in a row were not finite ({broken}): look at the batches in {path.parent}, lower --lr, "
+        f"--critic_lr or --max_grad_norm, and --resume {run_dir} from the last checkpoint, or start again",
+    )
 
 
 def starting_critic(settings, run_dir):
@@ -277,7 +331,7 @@ def starting_critic(settings, run_dir):
 
     def fitted(name, **own):
         out = Path(run_dir) / name
-        if not (out / "critic").exists():  # a run that was stopped after it need not repeat it
+        if not distributed.from_rank_0((out / "critic").exists()):  # a run that was stopped after it need not repeat it
             shared = {f.name: getattr(settings, f.name) for f in fields(RunSettings)}
             own |= {n.removeprefix("pretrain_"): v for n, v in asdict(settings).items() if n.startswith("pretrain_")}
             train_value.main(to_argv(train_value.Settings(**shared, **own, out=str(out))))
@@ -298,6 +352,7 @@ def resolve(argv):
     """Flags → (settings, run directory, checkpoint or None). No --model: the embedded world, and what suits it."""
     argv = list(sys.argv[1:] if argv is None else argv)
     settings = parse_settings(Settings, argv, __doc__)
+    distributed.start(settings.rank_timeout)
     if settings.resume:
         run_dir = Path(settings.resume)
         require((run_dir / "config.json").is_file(), f"--resume {run_dir}: not a run directory (no config.json in it)")
@@ -305,14 +360,20 @@ def resolve(argv):
         saved = asdict(parse_settings(Settings, saved_argv, __doc__))
         settings = parse_settings(Settings, saved_argv + argv, __doc__)
         changed = [name for name, value in asdict(settings).items() if value != saved[name]]
-        changed = [name for name in changed if name not in ("resume", "steps", "eval_every", "save_every", "generations")]
+        changed = [name for name in changed if name not in MAY_CHANGE]
         require(not changed, f"--resume goes on with the run's own settings: --{' and --'.join(changed)} cannot change")
         return settings, run_dir, checkpoint.load(run_dir)
-    world = [] if settings.model else [f"@{toy.build(toy.World())}/train_vapo.args"]
+    with distributed.rank_0_first():
+        world = [] if settings.model else [f"@{toy.build(toy.World())}/train_vapo.args"]
     preset = [f"--{name}={value}" for name, value in PRESETS[settings.preset].items()]
     settings = parse_settings(Settings, world + preset + argv, __doc__)
-    run_dir = Path(settings.out or time.strftime(f"runs/{'eval' if settings.eval_only else settings.preset}-%Y%m%d-%H%M%S"))
-    require(not (run_dir / "config.json").exists(), f"{run_dir} holds a run: --resume {run_dir} goes on with it, or give another --out")
+    run_dir = Path(
+        settings.out or distributed.from_rank_0(time.strftime(f"runs/{'eval' if settings.eval_only else settings.preset}-%Y%m%d-%H%M%S"))
+    )
+    require(
+        not distributed.from_rank_0((run_dir / "config.json").exists()),
+        f"{run_dir} holds a run: --resume {run_dir} goes on with it, or give another --out",
+    )
     return settings, run_dir, None
 
 
@@ -323,31 +384,40 @@ def main(argv=None):
     started = time.time()
     settings, run_dir, state = resolve(argv)
     settings.check()
+    if settings.plan:
+        return plan.report(settings)
     device = pick_device(settings.device)
     torch.manual_seed(settings.seed)
-    tokenizer = model.load_tokenizer(settings.model)
+    tokenizer = model.load_tokenizer(settings.model, settings.trust_remote_code)
     files = (settings.test,) if settings.eval_only else (settings.train, settings.test)
     *data, test_problems = [problem_files.prompted_problems(path, tokenizer, settings) for path in files]
     if data and (twice := problem_files.repeated(test_problems, data[0])):
         print(f"warning: {twice} of the {len(test_problems)} test problems are training problems too")
-    for path in (settings.critic, settings.reward_model):  # before any long work
-        require(path in ("", "fit") or model.can_be_loaded(path), f"no model directory at {path}, and no name on the hub (OWNER/NAME)")
-    policy = model.load_policy(settings.model, device, settings.dtype, settings.prompt_length + settings.response_length)
+    processes = distributed.world()
+    require(len(test_problems) >= processes, f"{len(test_problems)} test problems for {processes} processes: each needs one at least")
+    length = settings.prompt_length + settings.response_length
+    for path in {settings.critic, settings.reward_model} - {"", "fit"}:  # before any long work
+        model.require_critic(path, tokenizer, length, settings.trust_remote_code)
+    policy = model.load_policy(settings.model, device, settings.dtype, length, settings.trust_remote_code)
+    model.require_same_words(policy, tokenizer, settings.model)
     print(
         f"{'evaluation' if settings.eval_only else settings.preset}:",
         ", ".join(f"{name} {value}" for name, value in describe(device).items()),
     )
     if settings.eval_only:
-        return evaluate.evaluate_only(settings, run_dir, policy, tokenizer, test_problems)
+        return evaluate.evaluate_only(settings, run_dir, policy.to(device), tokenizer, test_problems)
     if settings.mini_batch >= settings.prompts * settings.samples:
         print("warning: --mini_batch takes the whole rollout: with one update the ratio is always 1, and clipping does nothing")
-    if not (run_dir / "config.json").exists():
+    if not settings.resume:
         write_json(run_dir / "config.json", {"settings": to_argv(settings), "on": describe(device)})
-    critic = None if settings.critic_free else model.load_critic(starting_critic(settings, run_dir), device, dtype=settings.dtype)
-    for network in (policy, critic) if critic else (policy,):
-        model.checkpoint_gradients(network, settings.gradient_checkpointing)
-    log = Log(run_dir, after=state["step"] if state else -1)
-    before, after = train(settings, run_dir, policy, critic, tokenizer, data[0], test_problems, log, state)
+    with finishing_the_step():
+        critic = None
+        if not settings.critic_free:
+            start = starting_critic(settings, run_dir)
+            critic = model.load_critic(start, device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
+        policy, critic = (model.ready(network, device, settings) for network in (policy, critic))
+        log = Log(run_dir, after=state[1]["step"] if state else -1)
+        before, after = train(settings, run_dir, policy, critic, tokenizer, data[0], test_problems, log, state)
     log.close()
     checkpoint.export(policy, tokenizer, run_dir / "policy")
     if critic:

@@ -7,6 +7,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 import model
 import toy
 
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=20, help="random moments at which test_faults.py kills a run")
+
+
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 

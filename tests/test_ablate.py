@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_vapo import saved_network
 
 import ablate
 import report
@@ -42,8 +43,8 @@ def outcome(row, runs, out):
     """(policy, critic) after one rollout of a row, each as one vector; no critic: None."""
     small = [f"--{name}={value}" for name, value in SMALL.items()]
     train_vapo.main([*ablate.run_flags(row, 0, runs), *small, f"--out={out / row}"])
-    state = torch.load(out / row / "checkpoint" / "state.pt", weights_only=True)
-    return [torch.cat([w.flatten() for w in state[name].values()]) if name in state else None for name in ("policy", "critic")]
+    networks = [saved_network(out / row, name) for name in ("policy", "critic")]
+    return [torch.cat([weight.flatten() for weight in network.values()]) if network else None for network in networks]
 
 
 def test_every_row_of_the_paper_changes_the_outcome_of_one_step_and_nothing_else(runs, tmp_path):

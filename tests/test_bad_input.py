@@ -1,9 +1,16 @@
 """Whatever a person gets wrong: one line that names the cause, exit code 2, nothing half-written."""
 
 import json
+import os
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import ViTConfig
 
+import checkpoint
+import toy
 import train_value
 import train_vapo
 from model import load_tokenizer
@@ -54,6 +61,28 @@ def fails_with(capsys, main, argv, *fragments):
         (["--test="], "--test FILE"),
         (["--prompt_length=2"], "--prompt_length 2"),
         (["--resume=nowhere"], "--resume nowhere"),
+        (["--seed=1.5"], "--seed"),
+        (["--samples=0"], "--samples must be at least 1"),
+        (["--mini_batch=0"], "--mini_batch must be at least 1"),
+        (["--micro_batch_tokens=0"], "--micro_batch_tokens must be at least 1"),
+        (["--response_length=0"], "--response_length must be at least 1"),
+        (["--sample_rows=0"], "--sample_rows must be at least 1"),
+        (["--response_length=100000"], "positions: lower --prompt_length + --response_length"),
+        (["--steps=-1"], "--steps must not be negative"),
+        (["--mu=-1"], "--mu must not be negative"),
+        (["--save_every=-1"], "--save_every must not be negative"),
+        (["--keep=0"], "--keep must be at least 1"),
+        (["--max_bad_steps=0"], "--max_bad_steps must be at least 1"),
+        (["--max_grad_norm=0"], "--max_grad_norm must be positive"),
+        (["--rank_timeout=0"], "--rank_timeout must be positive"),
+        (["--vllm_memory=2"], "--vllm_memory is a share"),
+        (["--is_clip=0.5"], "--is_clip is 0 or at least 1"),
+        (["--engine=tgi"], "tgi"),
+        (["--engine=hf", "--compile_decode"], "--compile_decode is for --engine slots"),
+        (["--model=/dev/null"], "no model directory at /dev/null"),
+        (["--train="], "--train FILE"),
+        (["--test=/"], "cannot read the problems"),
+        (["--prompt_length=4", "--drop_long_prompts", "--prompt_template=far too long a prompt {problem}"], "longer"),
         (["@nowhere.args"], "nowhere.args"),
     ],
 )
@@ -124,3 +153,100 @@ def test_a_tokenizer_without_eos(world, tmp_path, capsys):
     config = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
     (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "eos_token"}))
     fails_with(capsys, train_vapo.main, [f"@{world}/train_vapo.args", f"--model={tmp_path}/model"], "no EOS token")
+
+
+def copied(world, tmp_path, **config):
+    """A copy of the base model with other settings in its config.json."""
+    directory = tmp_path / "model"
+    shutil.copytree(world / "base", directory)
+    settings = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(settings | config))
+    return directory
+
+
+def run_fails(capsys, world, out, *flags_and_fragments):
+    flags, fragments = flags_and_fragments[0], flags_and_fragments[1:]
+    fails_with(
+        capsys, train_vapo.main, [f"@{world}/train_vapo.args", f"--out={out}", "--steps=0", "--pretrain_answers=16", *flags], *fragments
+    )
+
+
+def test_weights_that_could_hold_code_are_not_read(world, tmp_path, capsys):
+    directory = copied(world, tmp_path)
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    run_fails(capsys, world, tmp_path / "run", [f"--model={directory}"], f"cannot load {directory}", "safetensors")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_brings_code_needs_a_flag(world, tmp_path, capsys):
+    directory = copied(world, tmp_path, model_type="mine", auto_map={"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Mine"})
+    (directory / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    run_fails(capsys, world, tmp_path / "run", [f"--model={directory}"], f"cannot load {directory}", "trust_remote_code")
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_of_another_model(world, tmp_path, capsys):
+    directory = copied(world, tmp_path)
+    tokenizer = load_tokenizer(str(directory))
+    tokenizer.add_tokens([f"<word{i}>" for i in range(50)])
+    tokenizer.save_pretrained(directory)
+    run_fails(capsys, world, tmp_path / "run", [f"--model={directory}"], "the tokenizer in", "they are not of one kind")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", ["critic", "reward_model"])
+def test_a_critic_that_does_not_fit_the_policy(world, tmp_path, capsys, flag):
+    for name, config, fragment in (
+        ("labels", {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "bad", "1": "good"}}, "has 2 labels"),
+        ("words", {"vocab_size": 7}, "has 7 words"), ("short", {"max_position_embeddings": 9}, "has 9 positions"),
+    ):  # fmt: skip
+        directory = copied(world, tmp_path / name, **config)
+        run_fails(capsys, world, tmp_path / "run", [f"--{flag}={directory}"], fragment)
+    ViTConfig().save_pretrained(tmp_path / "picture")
+    run_fails(capsys, world, tmp_path / "run", [f"--{flag}={tmp_path}/picture"], "has 0 words")
+    directory = copied(world, tmp_path / "other")
+    other = toy.make_tokenizer(toy.World(max_steps=3))
+    other.add_tokens(["<odd>"])
+    other.save_pretrained(directory)
+    run_fails(capsys, world, tmp_path / "run", [f"--{flag}={directory}"], "another tokenizer", "words")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_model(world, tmp_path, capsys):
+    for name, content in (("config.json", b"{"), ("model.safetensors", b"x" * 100), ("tokenizer.json", b"{")):
+        directory = copied(world, tmp_path / name)
+        (directory / name).write_bytes(content)
+        run_fails(capsys, world, tmp_path / "run", [f"--model={directory}"], "cannot load")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_place_that_cannot_be_written(world, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    run_fails(capsys, world, tmp_path / "file" / "run", [], "Not a directory", "give another --out")
+    argv = [f"@{world}/train_value.args", f"--out={tmp_path}/file/run", "--answers=16"]
+    fails_with(capsys, train_value.main, argv, "Not a directory", "give another --out")
+    if os.geteuid():  # root may write anywhere
+        (tmp_path / "closed").mkdir(mode=0o500)
+        run_fails(capsys, world, tmp_path / "closed" / "run", [], "Permission denied")
+
+
+def test_files_without_a_problem_that_is_left(world, tmp_path, capsys):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"problem": "a" * 400, "answer": "b"}) + "\n")
+    run_fails(capsys, world, tmp_path / "run", [f"--train={tmp_path}/long.jsonl", "--drop_long_prompts"], "long.jsonl")
+    (tmp_path / "wrong.csv").write_text("a,b\n1,2\n")
+    run_fails(capsys, world, tmp_path / "run", [f"--train={tmp_path}/wrong.csv"], "wrong.csv, line 2")
+    (tmp_path / "what.xml").write_text("<a/>")
+    run_fails(capsys, world, tmp_path / "run", [f"--train={tmp_path}/what.xml"], "what.xml")
+    assert not (tmp_path / "run").exists()
+
+
+def test_value_pretraining_that_was_stopped_with_other_settings(world, tmp_path, capsys):
+    save = checkpoint.save
+    argv = [f"@{world}/train_value.args", "--device=cpu", f"--out={tmp_path}", "--answers=64", "--passes=2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", lambda *args, **options: save(*args, **options) or (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train_value.main(argv)
+    fails_with(capsys, train_value.main, [*argv, "--lr=1e-5"], "was stopped, with other settings")
+    assert train_value.main(argv)["step"] >= 0

@@ -3,15 +3,18 @@
 import functools
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, GPT2Config
 
+import checkpoint
 import logprobs
 import losses
 import model
@@ -42,6 +45,20 @@ def metrics_of(run_dir):
 
 def without_clock(lines):
     return [{name: v for name, v in line.items() if "second" not in name} for line in lines]
+
+
+def tensors_of(run_dir):
+    """All tensors of the run's last checkpoint, by name."""
+    directory, _ = checkpoint.load(run_dir)
+    known = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(kind.size, dtype=kind.properties.dtype) for name, kind in known.items()}
+    dcp.load(tensors, checkpoint_id=directory, no_dist=True)
+    return tensors
+
+
+def saved_network(run_dir, name):
+    """The state dict of `policy` or `critic` in the run's last checkpoint."""
+    return {key.removeprefix(f"{name}/"): tensor for key, tensor in tensors_of(run_dir).items() if key.startswith(f"{name}/")}
 
 
 def weights_of(run_dir):
@@ -215,7 +232,7 @@ def test_value_pretraining_off_starts_from_an_ignorant_critic(world, run, tmp_pa
     assert metrics_of(run)[1]["value_first"] > 0.05
     # the critic that the run started from is the pretrained one
     pretrained = AutoModelForTokenClassification.from_pretrained(run / "value" / "critic", dtype=torch.float32).state_dict()
-    saved = torch.load(run / "checkpoint" / "state.pt", weights_only=True)["critic"]
+    saved = saved_network(run, "critic")
     assert pretrained.keys() == saved.keys() and not torch.equal(pretrained["score.weight"], saved["score.weight"])
 
 
@@ -316,12 +333,12 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(world, run, tmp_
     assert [line["step"] for line in metrics_of(out)] == [0, 1, 2, 3, 4]
     for part, whole in ((out / "policy", run / "policy"), (out / "critic", run / "critic")):
         assert (part / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    states = [torch.load(d / "checkpoint" / "state.pt", weights_only=True) for d in (out, run)]
-    for name in ("policy_optimizer", "critic_optimizer"):
-        for a, b in zip(*(state[name]["state"].values() for state in states)):
-            assert all(torch.equal(a[key], b[key]) for key in a)
-    assert states[0]["queue"] == states[1]["queue"]
-    assert all(torch.equal(states[0][f"{g}_generator"], states[1][f"{g}_generator"]) for g in ("order", "sample", "mini_batch"))
+    tensors, whole = tensors_of(out), tensors_of(run)
+    assert tensors.keys() == whole.keys() and all(torch.equal(tensors[name], whole[name]) for name in whole)
+    assert {name.split("/")[0] for name in whole} == {"policy", "critic", "policy_optimizer", "critic_optimizer"}
+    (_, rest), (_, expected) = checkpoint.load(out), checkpoint.load(run)
+    assert rest["queue"] == expected["queue"] and rest["policy_scheduler"] == expected["policy_scheduler"]
+    assert all(torch.equal(rest[f"{g}_generator"], expected[f"{g}_generator"]) for g in ("order", "sample", "mini_batch"))
 
 
 def test_the_rivals_run_from_start_to_saved_policy_each_in_its_own_way(world, tmp_path):
@@ -369,13 +386,12 @@ def test_resuming_with_other_settings_or_a_damaged_checkpoint_is_refused(run, tm
     with pytest.raises(SystemExit) as stop:
         train_vapo.main([f"--resume={run}", "--alpha=0.1"])
     assert stop.value.code == 2 and "--alpha cannot change" in capsys.readouterr().err
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
-    whole = (run / "checkpoint" / "state.pt").read_bytes()
-    (tmp_path / "checkpoint" / "state.pt").write_bytes(whole[: len(whole) // 2])
+    shutil.copytree(run, tmp_path / "damaged")
+    for rest in (tmp_path / "damaged" / "checkpoint").glob("*/rest.pt"):
+        rest.write_bytes(rest.read_bytes()[:-1])
     with pytest.raises(SystemExit) as stop:
-        train_vapo.main([f"--resume={tmp_path}"])
-    assert stop.value.code == 2 and "damaged" in capsys.readouterr().err
+        train_vapo.main([f"--resume={tmp_path}/damaged"])
+    assert stop.value.code == 2 and "all checkpoints" in capsys.readouterr().err
 
 
 def test_a_run_directory_is_not_overwritten(world, run, capsys):
@@ -392,13 +408,12 @@ def test_zero_steps_save_the_base_model_as_it_was(world, tmp_path):
 
 
 def test_saved_models_load_as_ordinary_ones_and_agree(run):
-    state = torch.load(run / "checkpoint" / "state.pt", weights_only=True)
     policy = AutoModelForCausalLM.from_pretrained(run / "policy", dtype=torch.float32).eval()
     critic = AutoModelForTokenClassification.from_pretrained(run / "critic", dtype=torch.float32).eval()
     ours = model.load_policy(str(run / "policy"), torch.device("cpu"))
-    ours.load_state_dict(state["policy"])
+    ours.load_state_dict(saved_network(run, "policy"))
     our_critic = model.load_critic(str(run / "critic"), torch.device("cpu"))
-    our_critic.load_state_dict(state["critic"])
+    our_critic.load_state_dict(saved_network(run, "critic"))
     tokenizer = model.load_tokenizer(str(run / "policy"))
     prompt, response = tokenizer("a3:")["input_ids"], tokenizer("b2c1d0####d")["input_ids"]
     rows = {

@@ -1,0 +1,272 @@
+"""More than one process: the same scripts under torchrun, with the same mathematics.
+
+    torchrun --nproc_per_node 8 train_vapo.py --model DIR --train FILE --test FILE
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_vapo.py ...   # on each node
+
+Every rank samples answers to its share of the problems; the answers are then gathered, so that all ranks hold the same
+table of rows, and everything computed from it (advantages, denominators, whitening, metrics, mini-batches) is what one process
+computes. Only the models' work is divided: the micro-batches of a pass are dealt out to the ranks, and FSDP2 (`fully_shard`)
+holds a share of weights, gradients and optimiser states on each and adds the gradients up. In one process nothing here does
+anything.
+"""
+
+import os
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partialmethod, wraps
+from types import MethodType
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+GRACE = 10.0  # seconds without a sign of life after which a process counts as dead
+STATE = {"world": 1, "rank": 0, "control": None, "timeout": None}  # what torchrun made of this process
+
+
+def world():
+    """Number of processes."""
+    return STATE["world"]
+
+
+def rank():
+    """This process's number, from 0. Rank 0 logs."""
+    return STATE["rank"]
+
+
+def start(minutes):
+    """Joins the processes that torchrun started, if it did. Only rank 0 writes to the screen.
+
+    A collective that takes longer than `minutes` ends the process with an error.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or STATE["control"] is not None:
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=minutes))
+    control = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))  # for what must be said while a GPU hangs
+    STATE.update(world=dist.get_world_size(), rank=dist.get_rank(), control=control, timeout=timedelta(minutes=minutes))
+    threading.Thread(target=beat, daemon=True).start()
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+
+
+def local_device(device):
+    """This rank's own device of that type."""
+    if world() > 1 and device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def rank_0_first():
+    """Rank 0 does what stands in it, then the others do, and find it done."""
+    if rank():
+        meet("waiting for rank 0")
+    yield
+    if not rank():
+        meet("waiting for rank 0")
+
+
+def from_rank_0(value):
+    """Rank 0's value, on all ranks."""
+    if world() > 1:
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=STATE["control"])
+        value = box[0]
+    return value
+
+
+def meet(where):
+    """All ranks wait for each other here. Raises: RuntimeError that names those that did not come in time."""
+    if world() > 1:
+        try:
+            dist.monitored_barrier(STATE["control"], STATE["timeout"], wait_all_ranks=True)
+        except RuntimeError as error:
+            raise RuntimeError(f"{where}: {str(error).strip().splitlines()[0]}") from None
+
+
+def beat():
+    """Tells the others for ever that this process lives."""
+    store, key = dist.distributed_c10d._get_default_store().clone(), f"beats/{rank()}"
+    while True:
+        store.add(key, 1)
+        time.sleep(GRACE / 5)
+
+
+def silent_ranks():
+    """After an error: the ranks that have not ended with one before, and of which nothing is heard for a few seconds."""
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"ended/{rank()}", "")
+    before = [store.add(f"beats/{other}", 0) for other in range(world())]
+    time.sleep(GRACE)
+    return [other for other in range(world()) if store.add(f"beats/{other}", 0) == before[other] and not store.check([f"ended/{other}"])]
+
+
+def rank_0_says(line):
+    """Whether rank 0 ends with the same last words, so that this rank need not say them too."""
+    if world() == 1:
+        return False
+    store = dist.distributed_c10d._get_default_store()
+    if not rank():
+        store.set("last words", line)
+        return False
+    try:
+        store.wait(["last words"], timedelta(seconds=2))
+    except RuntimeError:
+        return False
+    return store.get("last words").decode() == line
+
+
+def any_rank(condition):
+    """Whether it holds on any rank."""
+    if world() == 1:
+        return condition
+    meet("after a step")
+    flag = torch.tensor(int(condition))
+    dist.all_reduce(flag, dist.ReduceOp.MAX, group=STATE["control"])
+    return bool(flag)
+
+
+def share(items):
+    """This rank's share of a list: neighbours stay neighbours, all shares but for one item of the same size."""
+    return items[len(items) * rank() // world() : len(items) * (rank() + 1) // world()]
+
+
+def deal(micro_batches):
+    """This rank's micro-batches (index tensors) of a pass, on every rank as many, for each of them is a collective.
+
+    Every `world`-th, so that all have short and long rows alike; where they do not come out even, the largest are halved.
+    Raises: AssertionError where there are fewer rows than ranks.
+    """
+    if world() == 1:
+        return micro_batches
+    micro_batches = list(micro_batches)
+    while len(micro_batches) % world():
+        at = max(range(len(micro_batches)), key=lambda i: len(micro_batches[i]))
+        assert len(micro_batches[at]) > 1, "fewer rows than ranks"
+        micro_batches[at : at + 1] = micro_batches[at].tensor_split(2)
+    return micro_batches[rank() :: world()]
+
+
+def add_up(*tensors):
+    """Sums tensors over the ranks, in place. Returns: the first."""
+    if world() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+    return tensors[0]
+
+
+def add_numbers(numbers):
+    """A dict of numbers summed over the ranks; names that end in `_max` are the largest."""
+    if world() == 1:
+        return numbers
+    for names, op in (
+        ([n for n in numbers if not n.endswith("_max")], dist.ReduceOp.SUM),
+        ([n for n in numbers if n.endswith("_max")], dist.ReduceOp.MAX),
+    ):
+        vector = torch.tensor([float(numbers[name]) for name in names], dtype=torch.float64)
+        dist.all_reduce(vector, op, group=STATE["control"])
+        numbers = numbers | dict(zip(names, vector.tolist()))
+    return numbers
+
+
+def gather_columns(columns):
+    """All ranks' rows, in the ranks' order, on every rank. columns: tensors of B rows, [B] or [B, T] with equal T everywhere, or None."""
+    if world() == 1:
+        return columns
+    meet("gathering the answers")
+    counts = [None] * world()
+    dist.all_gather_object(counts, len(columns[0]), group=STATE["control"])
+    gathered = []
+    for column in columns:
+        if column is None:
+            gathered.append(None)
+            continue
+        kind, column = column.dtype, column.to(torch.uint8) if column.dtype == torch.bool else column
+        padded = torch.cat([column, column.new_zeros(max(counts) - len(column), *column.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded.contiguous())
+        gathered.append(torch.cat([part[:count] for part, count in zip(parts, counts)]).to(kind))
+    return gathered
+
+
+def shard(network, device, bfloat16=False, cpu_offload=False, head=None):
+    """Under torchrun: keeps this rank's share of a network's float32 weights, on its device; the layers one by one, then the rest.
+
+    bfloat16: the gathered weights are bfloat16; gradients are added up in float32. `head` (a critic's) stays float32.
+    Otherwise moves the network to the device. Returns the network.
+    """
+    if world() == 1:
+        return network.to(device)
+    mesh = init_device_mesh(device.type, (world(),))
+    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
+    for layer in [part for part in network.modules() if isinstance(part, GradientCheckpointingLayer)]:
+        fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    if head is not None:
+        fully_shard(head, mesh=mesh, offload_policy=offload)
+    fully_shard(network, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    for part in network.modules():
+        if isinstance(part, FSDPModule):  # the weights of a mini-batch sum to one over all ranks: gradients are summed, not averaged
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+    network.computes_on = device
+    network.call_gathered = MethodType(lambda self, function, *args, **kwargs: function(self, *args, **kwargs), network)
+    register_fsdp_forward_method(network, "call_gathered")
+    return network
+
+
+def gathers(function):
+    """Decorates function(network, …): the weights of a sharded network are gathered around the call, as around its forward."""
+
+    @wraps(function)
+    def wrapped(network, *args, **kwargs):
+        call = getattr(network, "call_gathered", None)
+        return call(function, *args, **kwargs) if call else function(network, *args, **kwargs)
+
+    return wrapped
+
+
+def whole(tensor):
+    """A tensor of all its shards, on every rank (a collective); as it is where it has none."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def unsharded(network):
+    """An ordinary network on the CPU of rank 0 with the weights of a sharded one (None elsewhere); an unsharded one as it is."""
+    if not isinstance(network, FSDPModule):
+        return network
+    weights = {}
+    for name, tensor in network.state_dict().items():
+        tensor = whole(tensor)
+        if rank() == 0:
+            weights[name] = tensor.cpu()
+    if rank():
+        return None
+    kind = next(base for base in type(network).__mro__[1:] if not issubclass(base, FSDPModule))
+    with torch.device("meta"):
+        plain = kind(network.config)
+    plain.load_state_dict(weights, assign=True)
+    plain.tie_weights()
+    plain.generation_config = getattr(network, "generation_config", None)
+    return plain
+
+
+def clip_gradients(parameters, largest):
+    """Scales the gradients to a norm of at most `largest`, the norm over all ranks' shares. Returns: the norm before, a float."""
+    return whole(torch.nn.utils.clip_grad_norm_(parameters, largest)).item()

@@ -1,0 +1,283 @@
+"""What plan.py says before a run, against what small runs then take. `python -m tests.test_plan` prints the table."""
+
+import json
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import dryrun
+import logprobs
+import losses
+import model
+import plan
+import ppo
+import rollout
+import train_vapo
+from tests.test_bad_input import fails_with
+from train_vapo import Settings
+
+SHAPES = {  # hidden, layers, heads, key-value heads, intermediate, words, tied
+    "32B": (5120, 64, 40, 8, 27648, 152064, False),
+    "7B": (3584, 28, 28, 4, 18944, 152064, False),
+    "0.5B": (896, 24, 14, 2, 4864, 151936, True),
+    "20M": (384, 5, 6, 2, 1024, 16000, False),
+    "26M": (512, 4, 8, 8, 1408, 26000, True),
+}
+
+
+def config_only(name, folder):
+    """A directory with the config.json of a Qwen2 model of that shape, and nothing else."""
+    hidden, layers, heads, key_value_heads, intermediate, words, tied = SHAPES[name]
+    config = {
+        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": hidden, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": key_value_heads, "intermediate_size": intermediate, "vocab_size": words,
+        "tie_word_embeddings": tied, "max_position_embeddings": 32768, "bos_token_id": None, "pad_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def small_run(name, folder, dtype="float32", **settings):
+    """Settings of a run on one device whose updates are one micro-batch of 4 × 144 tokens."""
+    numbers = {"prompts": 2, "samples": 4, "mini_batch": 4, "prompt_length": 64, "response_length": 80, "micro_batch_tokens": 576}
+    return Settings(model=config_only(name, folder), dtype=dtype, plan=True, **(numbers | settings))
+
+
+def built(settings):
+    """(policy, critic) with random weights, as train_vapo.main has them."""
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(settings.model)
+    policy = AutoModelForCausalLM.from_config(config).eval()
+    policy.logit_treatment = model.measure_logits(policy)
+    config.num_labels, config.classifier_dropout = 1, 0.0
+    critic = model.critic_class(config).from_config(config).eval()
+    for network in (policy, critic):
+        network.arithmetic = model.arithmetic(settings.dtype, network.device)
+        model.checkpoint_gradients(network, settings.gradient_checkpointing)
+    return policy, critic
+
+
+def batch_of(settings):
+    """The answers of one micro-batch, all at the limit."""
+    rows, length = settings.mini_batch, settings.response_length
+    batch = {
+        "token_BL": torch.randint(0, 1000, (rows, settings.prompt_length + length)), "length_B": torch.full((rows,), length),
+        "prompt_length_B": torch.full((rows,), settings.prompt_length), "correct_B": torch.arange(rows) % 2 == 0,
+    }  # fmt: skip
+    for column in ("sampled_logp_BT", "old_logp_BT", "old_value_BT", "target_BT", "adv_BT", "importance_BT"):
+        batch[column] = torch.randn(rows, length)
+    return ppo.add_weights(batch, settings)
+
+
+KERNELS = SimpleNamespace(
+    logprobs=(logprobs.add_slice, logprobs.slice_gradient), policy_loss=losses.policy_loss, value_loss=losses.value_loss
+)
+
+
+def size(tensors):
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def measured_update(settings):
+    """Bytes of a real update, by the parts of `plan.memory`: of the tensors at hand, of those that autograd keeps for the backward
+    pass, and of all that live at once in a second pass, which finds gradients in place."""
+    policy, critic = built(settings)
+    batch, both = batch_of(settings), [*policy.parameters(), *critic.parameters()]
+    optimizer = torch.optim.AdamW(both, fused=True)
+    ppo.backward(policy, critic, batch, settings, KERNELS)
+    optimizer.step()
+    parts = {
+        "weights": size(both),
+        "gradients": size(p.grad for p in both),
+        "AdamW's moments": size(moment for state in optimizer.state.values() for name, moment in state.items() if name != "step"),
+    }
+    kept, known = {}, {p.untyped_storage().data_ptr() for p in both}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with model.autocast(policy):
+            hidden_BTD = model.response_hidden(policy.base_model, batch)
+    del hidden_BTD
+    parts["activations"] = sum(kept.values())
+    with dryrun.Live([*both, *(p.grad for p in both), *batch.values()]) as live:
+        ppo.backward(policy, critic, batch, settings, KERNELS)
+    parts["most"] = live.peak
+    return parts
+
+
+def planned_update(settings):
+    parts = {name: numbers[2] for name, numbers in plan.memory(settings).items()}
+    return parts | {"most": parts["activations"] + parts["logits, temporaries"]}
+
+
+@pytest.mark.parametrize("name, dtype", [("20M", "float32"), ("26M", "float32"), ("26M", "bfloat16")])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_of_a_real_update_is_what_was_planned(name, dtype, checkpointing, tmp_path):
+    settings = small_run(name, tmp_path, dtype, gradient_checkpointing=checkpointing)
+    planned, measured = planned_update(settings), measured_update(settings)
+    for part in ("weights", "gradients", "AdamW's moments"):
+        assert planned[part] == measured[part]
+    for part in ("activations", "most"):
+        assert planned[part] == pytest.approx(measured[part], rel=0.15), (part, planned, measured)
+
+
+def measured_sampling(settings, monkeypatch):
+    """(bytes of the sampler's table, most bytes alive) of sampling answers that all run to the limit."""
+    tables = []
+
+    class Watched(rollout.Slots):
+        def advance(self):
+            super().advance()
+            tables.append(size(x for layer in self.layers for x in (layer.keys, layer.values)))
+
+    monkeypatch.setattr(rollout, "Slots", Watched)
+    policy, _ = built(settings)
+    policy.generation_config.eos_token_id = None
+    problems = [{"prompt": [1] * settings.prompt_length}] * settings.prompts
+    tokenizer = SimpleNamespace(eos_token_id=-1, added_tokens_decoder={})  # no answer ends before the limit
+    asked = (settings.samples, settings.response_length, 1.0, torch.Generator(), settings.sample_rows)
+    with dryrun.Live(policy.parameters()) as live:
+        rollout.sample(policy, tokenizer, problems, *asked)
+    return max(tables), live.peak
+
+
+def planned_sampling(settings):
+    """(bytes of the table alone, most bytes) by plan.py."""
+    s, parts = plan.shapes(settings), plan.memory(settings)
+    columns = plan.table_columns(settings.prompt_length, settings.response_length, s.answers > s.slots)
+    return columns * s.slots * dryrun.token_bytes(s.sampling), parts["keys and values"][0] + parts["logits, temporaries"][0]
+
+
+@pytest.mark.parametrize("sample_rows", [256, 4])  # all answers at once, or two waves
+def test_memory_of_real_sampling_is_what_was_planned(sample_rows, tmp_path, monkeypatch):
+    settings = small_run("20M", tmp_path, sample_rows=sample_rows)
+    planned, measured = planned_sampling(settings), measured_sampling(settings, monkeypatch)
+    assert planned[0] == measured[0]
+    assert planned[1] == pytest.approx(measured[1], rel=0.15)
+
+
+def test_parameters_are_those_of_the_models_that_train(tmp_path):
+    counts = {}
+    for name in ("32B", "7B", "0.5B"):
+        (tmp_path / name).mkdir()
+        s = plan.shapes(Settings(model=config_only(name, tmp_path / name)))
+        counts[name] = s.policy
+    assert counts == {"32B": 32_763_876_352, "7B": 7_615_616_512, "0.5B": 494_032_768}
+    with torch.device("meta"):  # the last: 0.5B's critic
+        config = AutoConfig.from_pretrained(tmp_path / "0.5B", num_labels=1)
+        critic = model.critic_class(config).from_config(config)
+    assert s.critic == sum(p.numel() for p in critic.parameters()) == 494_032_768 + 896 + 1
+
+
+def test_states_of_half_a_billion_parameters_on_four_gpus():
+    assert plan.state_bytes(494_032_768, 4) == (494_032_768, 494_032_768, 988_065_536)  # together 16 · n / 4
+    assert sum(plan.state_bytes(1, 1)) == 16
+
+
+def test_keys_and_values_of_one_token(tmp_path):
+    (tmp_path / "32B").mkdir()
+    s = plan.shapes(Settings(model=config_only("32B", tmp_path / "32B"), gpus=64))
+    assert dryrun.token_bytes(s.sampling) == 2 * 64 * 8 * 128 * 2  # two, layers, key-value heads, width of one, bfloat16
+
+
+def test_activations_are_those_that_a_reader_counts(tmp_path):
+    """What autograd keeps of a Qwen2 layer in float32, in numbers a token: width D, heads' width D, key-value width E, MLP width F.
+
+    Two norms: of each x, 1 / √(mean x² + ε), their product, and that times the weight; 6 D + 2
+    attention: q, k and v after rotation, the output, a log-sum-exp of each head; 2 D + 2 E + heads
+    MLP: gate, silu(gate), up, their product; 4 F
+    Beside the layers: the last norm, cosine and sine of the rotation (one row: its positions are all tokens), the token itself.
+    """
+    settings = small_run("20M", tmp_path)
+    width, layers, heads, key_value_heads, mlp, *_ = SHAPES["20M"]
+    layer = 6 * width + 2 + 2 * width + 2 * width * key_value_heads // heads + heads + 4 * mlp
+    kept, _ = dryrun.activations(plan.shapes(settings).training, 1, 512)
+    assert kept == 512 * (4 * (layers * layer + 3 * width + 1 + 2 * width // heads) + 8)
+
+
+def test_columns_of_the_samplers_table():
+    assert plan.table_columns(prompt=8, response=16, several_waves=False) == 71  # 8 − 1 + 64
+    assert plan.table_columns(prompt=8, response=64, several_waves=False) == 71
+    assert plan.table_columns(prompt=8, response=65, several_waves=False) == 142
+    assert plan.table_columns(prompt=8, response=64, several_waves=True) == 142  # ¾ · 71 < 71
+    assert plan.table_columns(prompt=1024, response=20480, several_waves=True) == 34784
+
+
+def test_operations_of_one_layer():
+    """A model of 10 parameters and attention of width 3: 2 · 10 a token, and 4 · 3 · position, half a token's less on average."""
+    assert plan.forward_operations(10, 3, rows=1, start=0, end=4) == 4 * 20 + 12 * (0.5 + 1.5 + 2.5 + 3.5)
+    whole = plan.forward_operations(10, 3, rows=5, start=0, end=9)
+    assert whole == plan.forward_operations(10, 3, 5, 0, 4) + plan.forward_operations(10, 3, 5, 4, 9)
+
+
+def test_bytes_read_while_decoding():
+    """Two answers of 4 tokens after prompts of 10, in 4 steps: tokens after 10.5, 11.5, 12.5 and 13.5 others, on average."""
+    assert plan.decode_bytes(steps=4, weights=1000, answers=2, token=8, prompt=10, response=4) == 4000 + 2 * 8 * 48
+
+
+@pytest.mark.parametrize(
+    "tokens, length, answers, rows",
+    [(16, 4, 99, (4, 4)), (16, 5, 99, (4, 4)), (16, 20, 99, (1, 20)), (16, 12, 99, (2, 8)), (16, 4, 3, (3, 4))],
+)
+def test_the_fullest_micro_batch(tokens, length, answers, rows):
+    assert plan.rows_of(tokens, length, answers) == rows
+
+
+def test_a_plan_needs_a_config_and_nothing_else_and_its_remedies_help(tmp_path, capsys):
+    flags = ["--plan", f"--model={config_only('7B', tmp_path)}", "--prompts=512", "--mini_batch=512", "--response_length=20480"]
+    found = train_vapo.main([*flags, "--gpus=8"])
+    said = capsys.readouterr().out
+    assert not found["fits"] and "policy 7,615,616,512 parameters" in said and "does not fit" in said
+    rows = next(line.split()[1] for line in said.splitlines() if line.startswith("--sample_rows"))
+    assert train_vapo.main([*flags, "--gpus=8", "--gradient_checkpointing", f"--sample_rows={rows}"])["fits"]
+    assert "to make it fit" not in capsys.readouterr().out
+    assert train_vapo.main([*flags, "--gpus=16"])["gigabytes"][2] < found["gigabytes"][2]
+
+
+def test_a_copy_that_fits_no_gpu_is_said(tmp_path, capsys):
+    flags = ["--plan", f"--model={config_only('32B', tmp_path)}", "--prompts=512", "--response_length=20480", "--gpus=64"]
+    assert not train_vapo.main([*flags, "--gpu_memory=60"])["fits"]
+    assert "65.5 GB are the copy that samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, fragment",
+    [
+        (["--gpus=0"], "--gpus must be at least 1"),
+        (["--gpus=two"], "--gpus"),
+        (["--gpu_memory=0"], "--gpu_memory must be positive"),
+        (["--gpu_tflops=-1"], "--gpu_tflops must be positive"),
+        (["--gpu_bandwidth=0"], "--gpu_bandwidth must be positive"),
+        (["--response_length=32768"], "has 32768 positions"),
+        (["--model=nowhere"], "no model directory at nowhere"),
+    ],
+)
+def test_bad_plans(flags, fragment, tmp_path, capsys):
+    fails_with(capsys, train_vapo.main, ["--plan", f"--model={config_only('0.5B', tmp_path)}", *flags], fragment)
+
+
+def main():
+    """The table of the README: planned and measured, one line a run of 4 × 256 tokens."""
+    parts = ("weights", "gradients", "AdamW's moments", "activations", "most")
+    print(f"| MB, planned / measured | {' | '.join(parts)} |\n|---|{'---|' * len(parts)}")
+    for name in ("20M", "26M"):
+        for dtype in ("float32", "bfloat16"):
+            for checkpointing in (False, True):
+                with tempfile.TemporaryDirectory() as folder:
+                    run = {"gradient_checkpointing": checkpointing, "response_length": 192, "micro_batch_tokens": 1024}
+                    settings = small_run(name, Path(folder), dtype=dtype, **run)
+                    planned, measured = planned_update(settings), measured_update(settings)
+                title = f"{name}, {dtype}{', checkpointing' * checkpointing}"
+                print(f"| {title} | {' | '.join(f'{planned[p] / 1e6:.1f} / {measured[p] / 1e6:.1f}' for p in parts)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
