@@ -244,7 +244,9 @@ def gathers(function):
 
 def whole(tensor):
     """A tensor of all its shards, on every rank (a collective); as it is where it has none."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()  # where the shards are the CPU's, by the GPUs' own links
 
 
 def unsharded(network):

@@ -281,6 +281,7 @@ def main(argv=None):
         settings = parse_settings(Settings, [f"@{world}/train_value.args", *(sys.argv[1:] if argv is None else argv)], __doc__)
     settings.check()
     device = pick_device(settings.device)
+    require(device.type == "cuda" or not settings.cpu_offload, "--cpu_offload keeps a GPU's memory free: it is for CUDA")
     torch.manual_seed(settings.seed)
     out = Path(settings.out or distributed.from_rank_0(time.strftime("runs/value-%Y%m%d-%H%M%S")))
     require(not distributed.from_rank_0((out / "critic").exists()), f"{out} holds a critic already: give another --out")

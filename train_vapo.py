@@ -387,6 +387,7 @@ def main(argv=None):
     if settings.plan:
         return plan.report(settings)
     device = pick_device(settings.device)
+    require(device.type == "cuda" or not settings.cpu_offload, "--cpu_offload keeps a GPU's memory free: it is for CUDA")
     torch.manual_seed(settings.seed)
     tokenizer = model.load_tokenizer(settings.model, settings.trust_remote_code)
     files = (settings.test,) if settings.eval_only else (settings.train, settings.test)

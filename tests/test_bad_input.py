@@ -77,6 +77,7 @@ def fails_with(capsys, main, argv, *fragments):
         (["--rank_timeout=0"], "--rank_timeout must be positive"),
         (["--vllm_memory=2"], "--vllm_memory is a share"),
         (["--is_clip=0.5"], "--is_clip is 0 or at least 1"),
+        (["--device=cpu", "--cpu_offload"], "--cpu_offload keeps a GPU's memory free"),
         (["--engine=tgi"], "tgi"),
         (["--engine=hf", "--compile_decode"], "--compile_decode is for --engine slots"),
         (["--model=/dev/null"], "no model directory at /dev/null"),
