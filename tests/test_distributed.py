@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, Qwen2Config
 
 import distributed
 import model
@@ -63,6 +63,16 @@ def test_gradients_are_those_of_one_process_whatever_the_split(world, tmp_path, 
             (rows, {"micro_batch_tokens": 100, "whiten": True, "token_level_loss": False, "gradient_checkpointing": True}),
         )
     ]  # fmt: skip
+    torch.manual_seed(0)
+    ends = {"vocab_size": policy.config.vocab_size, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    for config in (  # tied weights; positions that are learned; soft-capped logits, norms around each block
+        Qwen2Config(**small, **ends, tie_word_embeddings=True, initializer_range=0.2),
+        GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=128, initializer_range=0.2, **ends),
+        Gemma2Config(**small, **ends, head_dim=16, initializer_range=0.2),
+    ):
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / config.model_type)
+        tasks.append({"model": str(tmp_path / config.model_type), "rows": rows, "settings": common | {"micro_batch_tokens": 100}})
     torch.save(tasks, tmp_path / "tasks.pt")
     done = torchrun(processes, ROOT / "tests" / "ranks.py", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
