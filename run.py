@@ -55,8 +55,9 @@ def exit_on_bad_input(main):
             print(f"error: {error.filename or 'writing'}: {error.strerror}: mend that, or give another --out", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
         except Stopped as stopped:
-            print(f"stopped by {STOP[0].name}: {stopped}", file=sys.stderr)
-            raise SystemExit(128 + STOP[0]) from None
+            by = STOP[0] if STOP else signal.SIGTERM  # of several processes, another may have been asked
+            print(f"stopped by {by.name}: {stopped}", file=sys.stderr)
+            raise SystemExit(128 + by) from None
         except Exception as error:
             if distributed.world() > 1:
                 silent = ", ".join(f"rank {rank}" for rank in distributed.silent_ranks()) or "none"
