@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -67,32 +68,27 @@ def exit_on_bad_input(main):
     return wrapped
 
 
-USERS_DISK = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EFBIG,
-    errno.ENAMETOOLONG,
-)
-STOP = []  # the signal that asked this process to stop
+USERS_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EFBIG}
+STOP = []  # the signal that asked this process to stop, and when
+
+
+def on_signal(number, frame):
+    """Notes that the process is to stop; again, some seconds later, stops it. (Ctrl-C under torchrun comes twice at once.)"""
+    if not STOP:
+        STOP.extend([signal.Signals(number), time.time()])
+        print(f"\n{STOP[0].name}: finishing this step and saving; once more to stop at once", file=sys.stderr)
+    elif time.time() - STOP[1] > 3:
+        raise KeyboardInterrupt
 
 
 @contextmanager
 def finishing_the_step():
-    """While it lasts, SIGTERM and Ctrl-C do not end the process but make `stopping()` true; the second one does end it."""
-
-    def handler(number, frame):
-        if STOP:
-            raise KeyboardInterrupt
-        STOP.append(signal.Signals(number))
-        print(f"\n{STOP[0].name}: finishing this step and saving; once more to stop at once", file=sys.stderr)
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    """While it lasts, SIGTERM and Ctrl-C do not end the process but make `stopping()` true. One inside another is the same one."""
+    if signal.getsignal(signal.SIGTERM) is on_signal:
+        yield
+        return
     STOP.clear()
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
