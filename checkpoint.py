@@ -39,20 +39,23 @@ def save(run_dir, step, learners, rest, keep=2):
             small[name] = {key: value for key, value in learner.state_dict().items() if key != "state"}
     failed = None
     try:
-        with distributed.rank_0_first():
-            if not distributed.rank():
-                shutil.rmtree(beside, ignore_errors=True)
-                beside.mkdir(parents=True)
-        with in_this_many_processes() as how:
-            dcp.save(tensors, checkpoint_id=beside, **how)
         if not distributed.rank():
-            write(beside / "rest.pt", small)
-            files = [path for path in sorted(beside.iterdir())]
-            write_json(beside / "whole.json", {path.name: [path.stat().st_size, checksum(path)] for path in files})
-            shutil.rmtree(directory, ignore_errors=True)
-            beside.rename(directory)
-    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+    except OSError as error:
         failed = error
+    if not distributed.any_rank(failed is not None):  # what follows needs all ranks
+        try:
+            with in_this_many_processes() as how:
+                dcp.save(tensors, checkpoint_id=beside, **how)
+            if not distributed.rank():
+                write(beside / "rest.pt", small)
+                files = sorted(beside.iterdir())
+                write_json(beside / "whole.json", {path.name: [path.stat().st_size, checksum(path)] for path in files})
+                shutil.rmtree(directory, ignore_errors=True)
+                beside.rename(directory)
+        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+            failed = error
     if distributed.any_rank(failed is not None):
         if not distributed.rank():
             shutil.rmtree(beside, ignore_errors=True)

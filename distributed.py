@@ -271,4 +271,5 @@ def unsharded(network):
 
 def clip_gradients(parameters, largest):
     """Scales the gradients to a norm of at most `largest`, the norm over all ranks' shares. Returns: the norm before, a float."""
-    return whole(torch.nn.utils.clip_grad_norm_(parameters, largest)).item()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, largest)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

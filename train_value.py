@@ -296,6 +296,8 @@ def main(argv=None):
     rows = sampled_answers(settings, out, model.ready(policy, device, settings), tokenizer, problems, mark)
     del policy
     fit_rows, held_out_rows = split_by_problem(rows, settings.held_out, settings.seed)
+    fewest = min(len(part["length_B"]) for part in (fit_rows, held_out_rows))
+    require(fewest >= distributed.world(), f"{fewest} answers to fit or hold out for {distributed.world()} processes: raise --answers")
     known = {}
     if settings.world and settings.objective == "value":  # the truth is known there: what could any critic explain?
         target_BT, mask_BT, _ = objective_columns(held_out_rows, "value")
