@@ -63,7 +63,8 @@ def save(run_dir, step, learners, rest, keep=2):
             f"cannot write the checkpoint {directory} ({reason(failed)}): make room, then --resume {run_dir}; the ones before are whole"
         )
     if not distributed.rank():
-        for old in saved(run_dir)[keep:]:
+        later = [path for path in saved(run_dir) if path.name > directory.name]  # damaged, or the run would not be here again
+        for old in later + [path for path in saved(run_dir) if path not in later][keep:]:
             old.rename(old.with_name(old.name + ".tmp"))  # never a checkpoint with a part missing under its own name
         for old in directory.parent.glob("*.tmp"):
             shutil.rmtree(old, ignore_errors=True)
@@ -172,7 +173,7 @@ def reason(error):
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
         failure = next(iter(error.failures.values()))
         error = failure[0] if isinstance(failure, tuple) else failure
-    return str(error).strip().splitlines()[0] if str(error).strip() else "on another rank"
+    return str(error).strip().splitlines()[0] if error is not None and str(error).strip() else "on another rank"
 
 
 def write(path, value):

@@ -16,7 +16,7 @@ import threading
 import time
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partialmethod, wraps
+from functools import wraps
 from types import MethodType
 
 import torch
@@ -35,7 +35,7 @@ from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 GRACE = 10.0  # seconds without a sign of life after which a process counts as dead
-STATE = {"world": 1, "rank": 0, "control": None, "timeout": None}  # what torchrun made of this process
+STATE = {"world": 1, "rank": 0, "control": None, "timeout": None, "first": False}  # what torchrun made of this process
 
 
 def world():
@@ -61,7 +61,8 @@ def start(minutes):
     threading.Thread(target=beat, daemon=True).start()
     if rank():
         sys.stdout = open(os.devnull, "w")
-        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+        bar = tqdm.__init__
+        tqdm.__init__ = lambda self, *args, **kwargs: bar(self, *args, **kwargs | {"disable": True})
 
 
 def local_device(device):
@@ -74,12 +75,19 @@ def local_device(device):
 
 @contextmanager
 def rank_0_first():
-    """Rank 0 does what stands in it, then the others do, and find it done."""
-    if rank():
-        meet("waiting for rank 0")
-    yield
-    if not rank():
-        meet("waiting for rank 0")
+    """Rank 0 does what stands in it, then the others do, and find it done. One inside another is part of it."""
+    if STATE["first"]:
+        yield
+        return
+    STATE["first"] = True
+    try:
+        if rank():
+            meet("waiting for rank 0")
+        yield
+        if not rank():
+            meet("waiting for rank 0")
+    finally:
+        STATE["first"] = False
 
 
 def from_rank_0(value):
@@ -150,16 +158,19 @@ def share(items):
 def deal(micro_batches):
     """This rank's micro-batches (index tensors) of a pass, on every rank as many, for each of them is a collective.
 
-    Every `world`-th, so that all have short and long rows alike; where they do not come out even, the largest are halved.
-    Raises: AssertionError where there are fewer rows than ranks.
+    Every `world`-th, so that all have short and long rows alike. Where they do not come out even, the largest are halved; where
+    there are too few rows for that, the first two, of the shortest rows, become one. Raises: AssertionError where there are fewer rows than ranks.
     """
     if world() == 1:
         return micro_batches
-    micro_batches = list(micro_batches)
-    while len(micro_batches) % world():
+    micro_batches, rows = list(micro_batches), sum(map(len, micro_batches))
+    assert rows >= world(), "fewer rows than ranks"
+    more = -(-len(micro_batches) // world()) * world()
+    while len(micro_batches) < more <= rows:
         at = max(range(len(micro_batches)), key=lambda i: len(micro_batches[i]))
-        assert len(micro_batches[at]) > 1, "fewer rows than ranks"
         micro_batches[at : at + 1] = micro_batches[at].tensor_split(2)
+    while len(micro_batches) % world():
+        micro_batches[:2] = [torch.cat(micro_batches[:2])]
     return micro_batches[rank() :: world()]
 
 

@@ -45,7 +45,9 @@ class MathVerifier:
         """The child's verdict; False where it takes too long, or dies of it."""
         if self.child is None:
             command = [sys.executable, __file__, str(self.megabytes)]
-            self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            self.child = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+            )  # Ctrl-C is not for it
             if self.answer_within(120) != "ready":  # it imports sympy first
                 self.close()
                 from run import BadInput  # here: the child reads this file too, and is not to have torch in its memory

@@ -71,13 +71,16 @@ def sampling_copy(policy):
     Of a policy whose weights are shared out over processes: a whole copy."""
     if distributed.world() > 1:
         with torch.device(device_of(policy)):
-            sampler = AutoModelForCausalLM.from_config(policy.config, dtype=policy.arithmetic).eval()
+            config = copy.deepcopy(policy.config)
+            sampler = AutoModelForCausalLM.from_config(config, dtype=policy.arithmetic, trust_remote_code=True).eval()  # it runs already
         sampler.generation_config, sampler.logit_treatment, sampler.arithmetic = (
             policy.generation_config,
             policy.logit_treatment,
             policy.arithmetic,
         )
         refresh(sampler, policy)
+        for (_, copied), (_, buffer) in zip(sampler.named_buffers(), policy.named_buffers(), strict=True):
+            copied.copy_(buffer)
         return sampler.requires_grad_(False)
     if policy.arithmetic == torch.float32:
         return policy

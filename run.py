@@ -61,7 +61,10 @@ def exit_on_bad_input(main):
             raise SystemExit(128 + by) from None
         except Exception as error:
             if distributed.world() > 1:
-                silent = ", ".join(f"rank {rank}" for rank in distributed.silent_ranks()) or "none"
+                try:
+                    silent = ", ".join(f"rank {rank}" for rank in distributed.silent_ranks()) or "none"
+                except RuntimeError:  # what they would be asked through is gone
+                    silent = "unknown"
                 print(f"error on rank {distributed.rank()}: {error}; dead or hanging: {silent}", file=sys.stderr, flush=True)
             raise
 
@@ -160,6 +163,7 @@ class RunSettings:
         for name in ("prompt_length", "response_length", "sample_rows", "micro_batch_tokens"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
         require(self.engine == "slots" or not self.compile_decode, "--compile_decode is for --engine slots")
+        require(self.engine != "vllm" or distributed.world() == 1, "--engine vllm is for one process: leave torchrun, or the engine, out")
         require(self.rank_timeout > 0, "--rank_timeout must be positive")
         require(0 < self.vllm_memory <= 1, "--vllm_memory is a share: above 0, at most 1")
         for flags, wanted, package in (
@@ -275,6 +279,14 @@ def write_json(path, value):
     beside.replace(path)
 
 
+def step_of(line):
+    """The step of a line of metrics.jsonl or samples.jsonl; infinite if it was not written whole."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 class Log:
     """metrics.jsonl, TensorBoard and samples.jsonl of one run.
 
@@ -295,7 +307,7 @@ class Log:
             path = self.run_dir / name
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             beside = path.with_name(name + ".tmp")
-            beside.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after))
+            beside.write_text("".join(line for line in lines if step_of(line) <= after))
             beside.replace(path)
         self.tensorboard = SummaryWriter(self.run_dir / "tb", purge_step=after + 1 if after >= 0 else None)
 

@@ -82,9 +82,22 @@ class Settings(RunSettings):
         for name in ("answers", "samples", "batch", "passes", "patience"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
         require(self.steps >= 0 and self.short_passes >= 0, "--steps and --short_passes must not be negative")
+        groups = -(-self.answers // self.samples)
+        require(
+            groups >= distributed.world(), f"--answers / --samples: {groups} problems for {distributed.world()} processes: each needs one"
+        )
         require(0 < self.held_out < 1, "--held_out is a share: above 0, below 1")
         require(self.lr > 0 and self.max_grad_norm > 0, "--lr and --max_grad_norm must be positive")
         require(self.target_explained_variance <= 1, "--target_explained_variance is at most 1")
+
+
+def mathematics(argv):
+    """The flags but for those that change only memory and patience."""
+    return [
+        flag
+        for flag in argv
+        if not flag.startswith(("--micro_batch_tokens", "--gradient_checkpointing", "--cpu_offload", "--rank_timeout"))
+    ]
 
 
 def fingerprint(policy, problems):
@@ -315,7 +328,7 @@ def main(argv=None):
     critic = model.ready(critic, device, settings)
     state = checkpoint.load(out)
     require(
-        not state or state[1]["settings"] == to_argv(settings),
+        not state or mathematics(state[1]["settings"]) == mathematics(to_argv(settings)),
         f"{out} holds value pretraining that was stopped, with other settings: give another --out, or remove it",
     )
     log = Log(out, after=state[1]["step"] if state else -1)

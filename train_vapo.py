@@ -321,8 +321,8 @@ def keep_bad_batch(run_dir, step, number, batch, metrics, in_a_row, limit):
     tqdm.write(f"warning: rollout {step}, optimiser step {number} is skipped, {broken} not finite; its batch is in {path}")
     require(
         in_a_row < limit,
-        f"{in_a_row} optimiser steps in a row were not finite ({broken}): look at the batches in {path.parent}, lower --lr, "
-        f"--critic_lr or --max_grad_norm, and --resume {run_dir} from the last checkpoint, or start again",
+        f"{in_a_row} optimiser steps in a row were not finite ({broken}): look at the batches in {path.parent}; start again with a lower "
+        f"--lr, --critic_lr or --max_grad_norm, or --resume {run_dir} with a higher --max_bad_steps",
     )
 
 

@@ -1,5 +1,6 @@
 """distributed.py: several processes compute what one computes; a rank that dies or hangs is named by the others."""
 
+import itertools
 import json
 import os
 import signal
@@ -143,12 +144,12 @@ def test_a_rank_that_dies_or_hangs_is_named_and_the_others_end(world, tmp_path, 
 
 
 def test_shares_and_deals_cover_everything_once(monkeypatch):
-    for world in (1, 2, 3, 5):
+    for world, cuts in itertools.product((1, 2, 3, 5), ([2, 3, 11], list(range(1, 17)), [])):  # uneven, row by row, all in one
         shares, dealt = [], []
         for rank in range(world):
             monkeypatch.setattr(distributed, "STATE", {"world": world, "rank": rank})
             shares.append(distributed.share(list(range(7))))
-            dealt.append(distributed.deal(torch.arange(17).tensor_split([2, 3, 11])))
+            dealt.append(distributed.deal(torch.arange(17).tensor_split(cuts)))
         assert sum(shares, []) == list(range(7)) and {len(part) for part in shares} <= {7 // world, 7 // world + 1}
         assert len({len(part) for part in dealt}) == 1  # each pass is a collective
         assert torch.cat([index for part in dealt for index in part]).sort().values.tolist() == list(range(17))
