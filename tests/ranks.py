@@ -46,7 +46,7 @@ def result(task):
 
 
 if __name__ == "__main__":
-    distributed.start(1.0)
+    distributed.start(5.0)
     directory = Path(sys.argv[1])
     answer = [result(task) for task in torch.load(directory / "tasks.pt")]
     if not distributed.rank():

@@ -29,7 +29,7 @@ LINUX = pytest.mark.skipif(not Path("/proc").exists(), reason="looks for the pro
 
 def torchrun(processes, *command, timeout=300):
     """Runs a script of the project on that many processes."""
-    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([*start, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 
