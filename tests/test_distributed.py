@@ -124,9 +124,10 @@ def test_a_rank_that_dies_or_hangs_is_named_and_the_others_end(world, tmp_path, 
     command = [sys.executable, "train_vapo.py", f"@{world}/train_vapo.args", *FLAGS, "--steps=100000", "--save_every=0", "--eval_every=0",
                "--rank_timeout=0.2", f"--out={tmp_path}/run"]  # fmt: skip
     port, processes = free_port(), []
+    store = torch.distributed.TCPStore("localhost", port, is_master=True, wait_for_workers=False)  # torchrun's, which outlives them all
     for rank in range(3):  # as torchrun would, which kills the others itself when one dies
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 3, "MASTER_ADDR": "localhost", "MASTER_PORT": port,
-                       "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": 1}  # fmt: skip
+                       "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": True, "OMP_NUM_THREADS": 1}  # fmt: skip
         environment = os.environ | {name: str(value) for name, value in environment.items()}
         processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
     try:
@@ -141,6 +142,7 @@ def test_a_rank_that_dies_or_hangs_is_named_and_the_others_end(world, tmp_path, 
     finally:
         for process in processes:
             process.kill()
+        del store
 
 
 def test_shares_and_deals_cover_everything_once(monkeypatch):
