@@ -38,11 +38,6 @@ import table
 import toy
 from run import describe, exit_on_bad_input, flag, parse_settings, pick_device, require, seeded_generator, write_json
 
-SCALE = {  # answers, and tokens of each
-    "lengths": [(4, 1024), (4, 2048), (4, 4096), (4, 8192), (4, 16384)],
-    "answers": [(64, 256), (256, 256), (1024, 256), (4096, 256)],
-    "micro_batch_tokens": 16_400,  # one answer of 16,384, with its prompt
-}
 OPTIONAL = ("vllm", "trl")  # need packages of their own: `pip install vllm`, one of --models at a time; `pip install trl datasets`
 LONG = {"vocab": 151_936, "width": 896, "tokens": 2048}  # of the log-probs: Qwen2.5-0.5B's output matrix, 2,048 tokens
 
@@ -328,102 +323,6 @@ def bench_update(settings, device, name):
     yield side_by_side(f"update, {name}, 64 answers", "padded, whole logits", ours, plain, settings, device, memory=True)
 
 
-def bench_scale(settings, device):
-    """How the phases of a step grow with the length and with the number of the answers, on a tiny model: microseconds a token
-    (in brackets what attention alone takes of it, measured on the same shapes), and the peak memory of the update.
-
-    Attention's share of a token grows with the length; nothing else should, and memory only with --micro_batch_tokens.
-    """
-    torch.manual_seed(0)
-    heads, width, words, layers = 2, 64, 512, 2
-    config = Qwen2Config(
-        vocab_size=words, hidden_size=width, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=heads, bos_token_id=None, pad_token_id=None, eos_token_id=None, max_position_embeddings=32768,
-    )  # fmt: skip
-    policy = AutoModelForCausalLM.from_config(config).to(device).eval()
-    policy.logit_treatment, policy.arithmetic = model.measure_logits(policy), model.arithmetic(settings.dtype, device)
-    critic = copy.deepcopy(policy)
-    critic.score = torch.nn.Linear(width, 1, device=device)
-    endless = SimpleNamespace(eos_token_id=words, added_tokens_decoder={})  # a word that is never drawn: all answers are of full length
-    asked = SimpleNamespace(
-        temperature=1.0, micro_batch_tokens=SCALE["micro_batch_tokens"], clip_higher=True, eps_low=0.2, eps_high=0.28, mu=0.1,
-        positive_nll=True, token_level_loss=True, value_clip=0.0, critic_free=False, is_clip=0.0, length_adaptive_gae=True, alpha=0.05,
-        decoupled_gae=True, lam_critic=1.0, whiten=False,
-    )  # fmt: skip
-    kernels = SimpleNamespace(
-        logprobs=(logprobs.add_slice, logprobs.slice_gradient), policy_loss=losses.policy_loss, value_loss=losses.value_loss
-    )
-
-    def attention(rows, tokens, backward):
-        """Seconds of one layer's attention over whole answers."""
-        query, key, value = (
-            torch.randn(rows, heads, tokens, width // heads, device=device, dtype=policy.arithmetic, requires_grad=backward)
-            for _ in range(3)
-        )
-
-        def turn():
-            out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-            if backward:
-                out.sum().backward()
-
-        return min(seconds(turn, device)[0] for _ in range(2))
-
-    def attention_while_sampling(rows, tokens):
-        """Seconds of all layers' attention of one step of the sampler, the mean over its steps: the columns it sees grow evenly."""
-        tables = [torch.randn(2, rows, heads, tokens, width // heads, device=device, dtype=policy.arithmetic) for _ in range(layers)]
-        query = torch.randn(rows, heads, 1, width // heads, device=device, dtype=policy.arithmetic)
-        taken = []
-        for columns in (tokens * (2 * i + 1) // 16 for i in range(8)):
-            mask = torch.ones(rows, 1, 1, columns, dtype=torch.bool, device=device)
-
-            def turn(
-                columns=columns, mask=mask
-            ):  # the layers in turn, as in the model: what one has read has left the CPU's cache when it comes again
-                for key, value in tables * 20:
-                    torch.nn.functional.scaled_dot_product_attention(query, key[:, :, :columns], value[:, :, :columns], attn_mask=mask)
-
-            taken.append(min(seconds(turn, device)[0] for _ in range(2)) / 20)
-        return sum(taken) / len(taken)
-
-    def step(answers, tokens):
-        """The line of one step of so many answers of so many tokens."""
-        problems, samples = [{"prompt": [1, 2, 3]}] * (answers // 4), 4
-        slots, generator = min(256, answers), seeded_generator(0, "bench", device)
-
-        def sampled():
-            return rollout.sample(policy, endless, problems, samples, tokens, 1.0, generator, slots)
-
-        def scored():
-            ppo.old_logprobs_and_values(policy, critic, rows, asked, kernels)
-            ppo.compute_advantages(rows, asked)
-
-        def updated():
-            ppo.backward(policy, critic, ppo.add_weights(dict(rows), asked), asked, kernels)
-
-        taken, alone = {}, {}
-        taken["sampling"], rows = seconds(sampled, device)
-        rows["correct_B"] = torch.arange(answers, device=device) % 2 == 0
-        rows["reward_B"] = rows["correct_B"].float()
-        taken["scoring"], _ = seconds(scored, device)
-        taken["update"], _ = seconds(updated, device)
-        memory = peak_bytes(updated, device)
-        micro = max(1, min(answers, asked.micro_batch_tokens // (tokens + 3)))
-        more = min(answers, 4 * micro)
-        alone["sampling"] = attention_while_sampling(slots, tokens) * tokens * answers / slots
-        alone["scoring"] = attention(more, tokens + 3, False) * 2 * layers * answers / more  # of policy and critic
-        alone["update"] = attention(micro, tokens + 3, True) * 2 * layers * answers / micro
-        line = {"part": "scale", "answers": answers, "tokens": tokens, "update_bytes": memory}
-        for phase in taken:
-            line[f"{phase}_us"], line[f"{phase}_attention_us"] = (1e6 * x / (answers * tokens) for x in (taken[phase], alone[phase]))
-        phases = "   ".join(f"{phase} {line[f'{phase}_us']:7.1f} ({line[f'{phase}_attention_us']:6.1f})" for phase in taken)
-        print(f"{answers:5d} answers of {tokens:6d} tokens   {phases} us a token   update {memory / 1e6:6.0f} MB", flush=True)
-        return line
-
-    seconds(lambda: step(4, 64), device)  # warm-up, printed like the rest
-    for answers, tokens in SCALE["lengths"] + SCALE["answers"]:
-        yield step(answers, tokens)
-
-
 def bench_trl(settings, device):
     """Response tokens a second of a rollout's update without critic, by TRL's GRPO trainer; both sides tell their own time."""
     import against_trl
@@ -460,7 +359,12 @@ def main(argv=None):
     device = pick_device(settings.device)
     on = describe(device)
     print("bench: " + ", ".join(f"{name} {value}" for name, value in on.items()))
-    lines = list(bench_scale(settings, device)) if settings.scale else []
+    if settings.scale:
+        import growth
+
+        lines = list(growth.steps(settings, device, seconds, peak_bytes))
+    else:
+        lines = []
     for part in () if settings.scale else settings.parts:
         if part in ("sampling", "vllm", "update"):
             for name in settings.models:

@@ -18,10 +18,10 @@ import checkpoint
 import logprobs
 import losses
 import model
-import plot
 import ppo
 import problems as problem_files
 import rollout
+import summary
 import table
 import toy
 import train_value
@@ -469,9 +469,9 @@ def test_a_summary_says_where_a_metric_stood_and_what_went_wrong():
         {"step": 1, "entropy": 0.5, "seconds_sample": 6.0, "gradient_steps": 8, "answers": 64, "bad_steps": 2},
         {"step": 3, "entropy": 0.125, "test_accuracy": 0.75, "seconds_sample": 3.0, "gradient_steps": 24, "answers": 192},
     ]
-    text = plot.summarise(lines, "mine")
+    text = summary.summarise(lines, "mine")
     assert text.startswith("mine: 3 rollouts, 24 optimiser steps, 192 answers\n")
     assert "test_accuracy               0.25            0.25 (0)            0.75 (3)      0.75" in text
     assert "entropy                      0.5           0.125 (3)             0.5 (1)     0.125" in text
     assert "0.2 minutes: sample 75%" in text and "2 optimiser steps were not finite" in text and "steps are missing" in text
-    assert "warning" not in plot.summarise(lines[:1], "mine")
+    assert "warning" not in summary.summarise(lines[:1], "mine")
