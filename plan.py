@@ -15,8 +15,8 @@ import torch
 
 import logprobs
 from dryrun import activations, imagined, token_bytes
-from rollout import FIRST_COLUMNS
 from run import require
+from slots import FIRST_COLUMNS
 
 COMPUTE_USE = 0.4  # share of --gpu_tflops that forward and backward passes reach
 BANDWIDTH_USE = 0.7  # share of --gpu_bandwidth that decoding reaches
@@ -37,7 +37,7 @@ def gathered_bytes(layer, embeddings, size, backward):
 
 
 def table_columns(prompt, response, several_waves):
-    """Columns K of `rollout.Slots`: (P − 1 + FIRST_COLUMNS) · 2^k, the fewest in which the longest answer has room.
+    """Columns K of `slots.Slots`: (P − 1 + FIRST_COLUMNS) · 2^k, the fewest in which the longest answer has room.
 
     The first answers begin at the left: K ≥ P + T − 1. Later ones begin anywhere, and the table doubles as long as an answer
     may fill more than ¾ of it: at worst ¾ K ≥ P + T − 1.

@@ -87,7 +87,7 @@ def test_greedy_answers_are_the_same_whatever_the_engine_the_slots_and_the_room_
     many = [problems[i % 3] for i in range(20)]
     expected = draw_answers(policy, tokenizer, many, samples=1, max_tokens=60, temperature=0.0, engine="hf")
     for columns, slots in ((64, 20), (1, 1), (1, 7), (16, 3)):  # one column more than the prompt: rows move and the table grows
-        monkeypatch.setattr(rollout, "FIRST_COLUMNS", columns)
+        monkeypatch.setattr("slots.FIRST_COLUMNS", columns)
         rows = draw_answers(policy, tokenizer, many, samples=1, max_tokens=60, temperature=0.0, sample_rows=slots)
         for name in ("token_BL", "length_B", "stop_B", "problem_B"):
             assert torch.equal(rows[name], expected[name]), (columns, slots, name)
@@ -121,7 +121,7 @@ def test_a_slot_whose_answer_has_ended_stands_still(policy, tokenizer, problems,
 
 
 def test_a_compiled_step_draws_the_same_answers_and_is_compiled_once_a_width(policy, tokenizer, problems, monkeypatch):
-    monkeypatch.setattr(rollout, "STATIC_COLUMNS", 32)
+    monkeypatch.setattr("slots.STATIC_COLUMNS", 32)
     monkeypatch.setattr(rollout, "COMPACT_BELOW", 0.0)  # a compiled step keeps its slots: the same random numbers for both
     columns = []
     monkeypatch.setattr(rollout.Slots, "move_to", lambda self, now, move=rollout.Slots.move_to: columns.append(now) or move(self, now))
