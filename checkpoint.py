@@ -7,6 +7,7 @@ that is damaged nevertheless is named, and the one before it is taken.
 """
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -17,9 +18,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from tqdm import tqdm
 
 import distributed
-from run import BadInput, write_json
+from run import BadInput, require, write_json
 
 UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError)
 
@@ -196,6 +198,19 @@ def read(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         raise BadInput(f"{path} is damaged ({str(error).splitlines()[0]}): remove it to start again") from None
+
+
+def keep_bad_batch(run_dir, step, number, batch, metrics, in_a_row, limit):
+    """A mini-batch whose loss or gradient is not finite: it is skipped, and kept. Raises: BadInput after `limit` in a row."""
+    path = Path(run_dir) / "bad_batches" / f"step-{step:06d}-{number}.pt"
+    write(path, {"batch": batch, "metrics": metrics})
+    broken = ", ".join(name for name, value in metrics.items() if not math.isfinite(value))
+    tqdm.write(f"warning: rollout {step}, optimiser step {number} is skipped, {broken} not finite; its batch is in {path}")
+    require(
+        in_a_row < limit,
+        f"{in_a_row} optimiser steps in a row were not finite ({broken}): look at the batches in {path.parent}; start again with a lower "
+        f"--lr, --critic_lr or --max_grad_norm, or --resume {run_dir} with a higher --max_bad_steps",
+    )
 
 
 def export(model, tokenizer, directory):

@@ -276,7 +276,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
                 metrics[f"{name}_grad_norm"] = distributed.clip_gradients(learners[name].parameters(), settings.max_grad_norm)
             bad_steps = 0 if (finite := all(map(math.isfinite, metrics.values()))) else bad_steps + 1
             if not finite:
-                keep_bad_batch(run_dir, step, len(updates), batch, metrics, bad_steps, settings.max_bad_steps)
+                checkpoint.keep_bad_batch(run_dir, step, len(updates), batch, metrics, bad_steps, settings.max_bad_steps)
             for name in names:
                 if finite:
                     learners[f"{name}_optimizer"].step()
@@ -311,19 +311,6 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
         if stop and not last:
             raise Stopped(f"rollout {step} of {settings.steps} is saved: python train_vapo.py --resume {run_dir} goes on")
     return before, after
-
-
-def keep_bad_batch(run_dir, step, number, batch, metrics, in_a_row, limit):
-    """A mini-batch whose loss or gradient is not finite: it is skipped, and kept. Raises: BadInput after `limit` in a row."""
-    path = Path(run_dir) / "bad_batches" / f"step-{step:06d}-{number}.pt"
-    checkpoint.write(path, {"batch": batch, "metrics": metrics})
-    broken = ", ".join(name for name, value in metrics.items() if not math.isfinite(value))
-    tqdm.write(f"warning: rollout {step}, optimiser step {number} is skipped, {broken} not finite; its batch is in {path}")
-    require(
-        in_a_row < limit,
-        f"{in_a_row} optimiser steps in a row were not finite ({broken}): look at the batches in {path.parent}; start again with a lower "
-        f"--lr, --critic_lr or --max_grad_norm, or --resume {run_dir} with a higher --max_bad_steps",
-    )
 
 
 def starting_critic(settings, run_dir):
