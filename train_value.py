@@ -234,7 +234,7 @@ def fit(settings, out, critic, rows, held_out_rows, score, log, state):
         if len(batches[-1]) < distributed.world():  # each process needs a row
             batches[-2:] = [torch.cat(batches[-2:])]
         batches = batches[: limit - step + skipped]
-        numbers = {}  # of the pass's last step; there is none left where it was stopped after it, on fewer processes
+        numbers = {}  # of the pass's last step; after a stop there may be none left of it, on more processes
         for done_in_pass, index_N in list(enumerate(batches, 1))[skipped:]:
             batch = table.take(rows, index_N)
             target_BT, mask_BT, shift = objective_columns(batch, settings.objective)
