@@ -21,6 +21,7 @@ from types import MethodType
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -99,6 +100,19 @@ def from_rank_0(value):
     return value
 
 
+def on_rank_0(function):
+    """What function() returns on rank 0, and None on the others, which wait for it. Raises: on all, a ValueError of rank 0's."""
+    value, wrong = None, None
+    if not rank():
+        try:
+            value = function()
+        except ValueError as error:
+            wrong = error
+    if wrong := from_rank_0(wrong):
+        raise wrong
+    return value
+
+
 def meet(where):
     """All ranks wait for each other here. Raises: RuntimeError that names those that did not come in time."""
     if world() > 1:
@@ -150,9 +164,17 @@ def any_rank(condition):
     return bool(flag)
 
 
-def share(items):
-    """This rank's share of a list: neighbours stay neighbours, all shares but for one item of the same size."""
-    return items[len(items) * rank() // world() : len(items) * (rank() + 1) // world()]
+def share(items, together=1):
+    """This rank's share of a list: neighbours stay neighbours, all shares but for one item of the same size.
+
+    With `together`, so many neighbouring ranks have one share between them.
+    """
+    return part(items, rank() // together, world() // together)
+
+
+def part(items, i, count):
+    """The i-th of `count` parts of a list."""
+    return items[len(items) * i // count : len(items) * (i + 1) // count]
 
 
 def deal(micro_batches):
@@ -196,14 +218,20 @@ def add_numbers(numbers):
     return numbers
 
 
+def all_ranks(value):
+    """A list of all ranks' values, on every rank."""
+    meet("gathering the answers")
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value, group=STATE["control"])
+    return values
+
+
 def gather_columns(columns):
     """All ranks' rows, in the ranks' order, on every rank. columns: tensors of B rows, [B] or [B, T] with equal T everywhere, or None."""
     if world() == 1:
         return columns
-    meet("gathering the answers")
-    counts = [None] * world()
-    dist.all_gather_object(counts, len(columns[0]), group=STATE["control"])
-    gathered = []
+    counts, gathered = all_ranks(len(columns[0])), []
     for column in columns:
         if column is None:
             gathered.append(None)
@@ -217,13 +245,17 @@ def gather_columns(columns):
 
 
 def shard(network, device, bfloat16=False, cpu_offload=False, head=None):
-    """Under torchrun: keeps this rank's share of a network's float32 weights, on its device; the layers one by one, then the rest.
+    """Under torchrun: gives each rank its share of a network's float32 weights, on its device; the layers one by one, then the rest.
 
+    network: whole on rank 0, of the same shape on the others, where it need have no memory (the meta device).
     bfloat16: the gathered weights are bfloat16; gradients are added up in float32. `head` (a critic's) stays float32.
-    Otherwise moves the network to the device. Returns the network.
+    In one process, moves the network to the device. Returns the network.
     """
     if world() == 1:
         return network.to(device)
+    weights = {} if rank() else network.state_dict()
+    buffers = from_rank_0(None if rank() else dict(network.named_buffers()))
+    network.to("meta").tie_weights()
     mesh = init_device_mesh(device.type, (world(),))
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
@@ -236,6 +268,11 @@ def shard(network, device, bfloat16=False, cpu_offload=False, head=None):
         if isinstance(part, FSDPModule):  # the weights of a mini-batch sum to one over all ranks: gradients are summed, not averaged
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
+    network.to_empty(device="cpu" if cpu_offload else device).tie_weights()
+    for name, buffer in buffers.items():
+        owner, _, key = name.rpartition(".")
+        setattr(network.get_submodule(owner), key, buffer.to(device))
+    set_model_state_dict(network, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     network.computes_on = device
     network.call_gathered = MethodType(lambda self, function, *args, **kwargs: function(self, *args, **kwargs), network)
     register_fsdp_forward_method(network, "call_gathered")
@@ -251,6 +288,11 @@ def gathers(function):
         return call(function, *args, **kwargs) if call else function(network, *args, **kwargs)
 
     return wrapped
+
+
+def local(tensor):
+    """This rank's share of a tensor; all of it where it is not shared out."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor):

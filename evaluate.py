@@ -84,11 +84,9 @@ def problem_results(rows, tokenizer, problems, samples, bare_number=False):
 def evaluate_only(settings, run_dir, policy, tokenizer, problems):
     """--eval_only: the table with pass@k for k = 1, 2, 4 … --samples on the screen, the numbers in metrics.jsonl, each problem's
     in results.jsonl, a few answers in samples.jsonl. Returns: the metrics of `evaluate`, and run_dir."""
-    samples, run_dir = settings.samples, Path(run_dir)
-    metrics, rows, results = evaluate(
-        sampler_of(policy, settings), tokenizer, problems, samples, settings, verifier_of(settings), progress="evaluation"
-    )
-    write_json(run_dir / "config.json", {"settings": to_argv(settings), "on": describe(policy.device)})
+    samples, run_dir, sampler = settings.samples, Path(run_dir), sampler_of(policy, settings)
+    metrics, rows, results = evaluate(sampler, tokenizer, problems, samples, settings, verifier_of(settings), progress="evaluation")
+    write_json(run_dir / "config.json", {"settings": to_argv(settings), "on": describe(sampler.device)})
     log = Log(run_dir)
     log.metrics(0, {f"test_{name}": value for name, value in metrics.items()})
     log.samples(0, describe_samples(None, tokenizer, problems, rows, samples))

@@ -53,17 +53,34 @@ def load_tokenizer(path, trust_remote_code=False):
 def load_policy(path, device, dtype="auto", length=0, trust_remote_code=False):
     """The causal LM in `path`, float32 weights, eval mode, with `logit_treatment` measured (see `measure_logits`).
 
-    Weights are read from safetensors only, which can hold no code. Raises: BadInput if it cannot be loaded, or has positions for
-    fewer than `length` tokens of prompt and response.
+    Weights are read from safetensors only, which can hold no code; under torchrun by rank 0, from which `ready` deals them out.
+    Raises: BadInput if it cannot be loaded, or has positions for fewer than `length` tokens of prompt and response.
     """
-    trust = {"use_safetensors": True, "trust_remote_code": trust_remote_code}
-    policy = loaded(AutoModelForCausalLM.from_pretrained, path, dtype=torch.float32, **trust).eval()
-    policy = policy if distributed.world() > 1 else policy.to(device)  # else `shard` moves it, layer by layer
-    longest = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
-    require(not longest or length <= longest, f"{path} has {longest} positions: lower --prompt_length + --response_length from {length}")
-    policy.logit_treatment = measure_logits(policy)
+
+    def read():
+        trust = {"use_safetensors": True, "trust_remote_code": trust_remote_code}
+        policy = loaded(AutoModelForCausalLM.from_pretrained, path, dtype=torch.float32, **trust).eval()
+        policy = policy if distributed.world() > 1 else policy.to(device)
+        longest = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+        said = f"{path} has {longest} positions: lower --prompt_length + --response_length from {length}"
+        require(not longest or length <= longest, said)
+        policy.logit_treatment = measure_logits(policy)
+        return policy
+
+    policy = distributed.on_rank_0(read)
+    found = distributed.from_rank_0(policy is not None and (policy.logit_treatment, policy.generation_config))
+    if policy is None:
+        config = loaded(AutoConfig.from_pretrained, path, trust_remote_code=trust_remote_code)
+        policy = without_memory(AutoModelForCausalLM.from_config, config, trust_remote_code=trust_remote_code)
+    policy.logit_treatment, policy.generation_config = found
     policy.arithmetic = arithmetic(dtype, device)
     return policy
+
+
+def without_memory(make, config, **options):
+    """make(config), float32, with shapes and no numbers: what a rank has of a model before rank 0 gives it a share of the weights."""
+    with torch.device("meta"):
+        return make(config, dtype=torch.float32, **options).eval()
 
 
 def sampling_copy(policy):
@@ -106,7 +123,7 @@ def refresh(sampler, policy):
     """Gives a copy made by `sampling_copy` the policy's weights of now."""
     if sampler is not policy:
         for copied, parameter in zip(sampler.parameters(), policy.parameters()):
-            copied.copy_(distributed.whole(parameter))
+            copied.copy_(distributed.whole(parameter.to(copied.dtype)))  # the smaller ones travel
 
 
 def checkpoint_gradients(network, wanted):
@@ -171,17 +188,26 @@ def load_critic(path, device, mean_reward=0.0, dtype="auto", trust_remote_code=F
     config = loaded(AutoConfig.from_pretrained, path, trust_remote_code=trust_remote_code)
     kind, is_scorer = (config.architectures or [""])[0], require_one_label(config, path)
     config.num_labels, config.classifier_dropout = 1, 0.0  # the class's own default is 0.1
-    trust = {"use_safetensors": True, "trust_remote_code": trust_remote_code}
-    critic = loaded(critic_class(config).from_pretrained, path, config=config, dtype=torch.float32, **trust)
-    head = value_head(critic)
-    with torch.no_grad():
-        if not is_scorer:
-            head.weight.zero_()
-            head.bias.fill_(mean_reward)
-        elif not kind.endswith("ForTokenClassification"):
-            head.bias.zero_()
+    made_by = critic_class(config)
+
+    def read():
+        trust = {"use_safetensors": True, "trust_remote_code": trust_remote_code}
+        critic = loaded(made_by.from_pretrained, path, config=config, dtype=torch.float32, **trust).eval()
+        head = value_head(critic)
+        with torch.no_grad():
+            if not is_scorer:
+                head.weight.zero_()
+                head.bias.fill_(mean_reward)
+            elif not kind.endswith("ForTokenClassification"):
+                head.bias.zero_()
+        return critic if distributed.world() > 1 else critic.to(device)
+
+    critic = distributed.on_rank_0(read)
+    if critic is None:
+        auto = {"trust_remote_code": trust_remote_code} if hasattr(made_by, "from_config") else {}
+        critic = without_memory(getattr(made_by, "from_config", None) or made_by._from_config, config, **auto)
     critic.arithmetic = arithmetic(dtype, device)
-    return critic.eval() if distributed.world() > 1 else critic.to(device).eval()
+    return critic
 
 
 def critic_class(config):

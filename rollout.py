@@ -76,10 +76,11 @@ def sample(
     Returns: rows (table.py) without verdict and reward, `problem_B` counting the problems given.
     """
     device, prompts = policy.device, [problem["prompt"] for problem in problems]
-    own = distributed.share(prompts)
+    together = getattr(policy, "tensor_parallel", 1)  # ranks that sample as one
+    own = distributed.share(prompts, together)
     if distributed.world() > 1:  # one draw from the generator, which is the same on all ranks, makes each rank's own
         drawn = torch.randint(2**62, (1,), generator=generator, device=device).item()
-        generator = torch.Generator(device).manual_seed(drawn + distributed.rank())
+        generator = torch.Generator(device).manual_seed(drawn + distributed.rank() // together)
     eos_N = torch.tensor(eos_ids(policy, tokenizer), device=device)
     pick = partial(draw, temperature=temperature, top_p=top_p)
     bar = tqdm(total=len(own) * samples, desc=progress, unit="answer", disable=progress is None, leave=False)

