@@ -4,7 +4,8 @@
 
 Only the model's config.json is read. Parameters and activations come from dryrun.py, the rest from the formulas below, one a
 function. Meant are float32 weights, gradients and AdamW's two moments of policy and critic, sharded over the GPUs (FSDP2: a layer
-computes on weights gathered in bfloat16), or in the CPU's memory (--cpu_offload; the time of that is not counted); on every GPU a whole copy of the policy, which samples; and prompts dealt to the GPUs.
+computes on weights gathered in bfloat16), or in the CPU's memory (--cpu_offload; the time of that is not counted); on every GPU a whole copy of the policy, which samples, or with --engine vllm its share
+of one in the memory that --vllm_memory sets aside; and prompts dealt to the GPUs.
 GB are 10⁹ bytes; B answers of a GPU, P and T tokens of prompt and answer, every one as long as it may be.
 """
 
@@ -87,6 +88,11 @@ def rows_of(tokens, length, answers):
     return rows, min(length, max(tokens, length) // rows)
 
 
+def vllm_answers(share, weights, token, length):
+    """Answers of `length` tokens whose keys and values fit beside the weights into a GPU's share for vLLM: ⌊(share − weights) / (length · token)⌋."""
+    return max(0, int((share - weights) // (length * token)))
+
+
 def shapes(settings):
     """What the formulas take: counts of the model, and the share of one GPU in the step."""
     narrow = settings.dtype != "float32"  # auto: the GPUs are CUDA's
@@ -103,14 +109,20 @@ def shapes(settings):
     prompts, samples = (settings.prompts, settings.samples) if settings.group_sampling else (settings.prompts * settings.samples, 1)
     here, updates = -(-prompts // settings.gpus), -(-prompts * samples // settings.mini_batch)
     updated = -(-prompts * samples // updates // settings.gpus)
+    sampling, size, together = imagined(settings.model, arithmetic, arithmetic), 2 if narrow else 4, settings.tensor_parallel
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    token = token_bytes(sampling) * -(-kept // together) / kept  # on a GPU: whole heads, and at least one
+    slots = min(settings.sample_rows, here * samples * together)
+    if settings.engine == "vllm":
+        slots = min(slots, vllm_answers(settings.vllm_memory * settings.gpu_memory * 1e9, whole * size / together, token, length))
     return SimpleNamespace(
-        training=policy, scoring=imagined(settings.model, seen, arithmetic), sampling=imagined(settings.model, arithmetic, arithmetic),
+        training=policy, scoring=imagined(settings.model, seen, arithmetic), sampling=sampling, token=token,
         policy=whole, critic=0 if settings.critic_free else trunk + last.shape[1] + 1,  # a linear head
         body=trunk - first.numel(), layer=(trunk - first.numel()) // layers,
         embeddings=first.numel() + (0 if first is last else last.numel()), words=last.shape[0], width=last.shape[1],
         held=4 if seen == torch.float32 else 2,
-        attention=layers * heads * (getattr(config, "head_dim", None) or config.hidden_size // heads), size=2 if narrow else 4,
-        length=length, prompts=here, answers=here * samples, slots=min(settings.sample_rows, here * samples), updates=updates,
+        attention=layers * heads * (getattr(config, "head_dim", None) or config.hidden_size // heads), size=size,
+        length=length, prompts=here, answers=here * samples, slots=slots, updates=updates, heads=heads,
         read=min(here, max(1, settings.sample_rows // samples)),  # prompts at once
         updated=updated, micro=rows_of(settings.micro_batch_tokens, length, updated),
         scored=rows_of(4 * settings.micro_batch_tokens, length, here * samples),
@@ -122,23 +134,28 @@ def memory(settings):
     s = shapes(settings)
     away = settings.cpu_offload and settings.gpus > 1
     weights, gradients, moments = (0, 0, 0) if away else state_bytes(s.policy + s.critic, settings.gpus)
-    copied = 0 if settings.gpus == 1 and s.size == 4 else s.policy * s.size  # one GPU in float32 samples from the policy itself
+    copied = s.policy * s.size / settings.tensor_parallel
+    if settings.engine != "vllm" and settings.gpus == 1 and s.size == 4:  # one GPU in float32 samples from the policy itself
+        copied = 0
     gathered = [settings.gpus > 1 and gathered_bytes(s.layer, s.embeddings, s.size, backward) for backward in (False, True)]
-    token = token_bytes(s.sampling)
-    table = token * s.slots * table_columns(settings.prompt_length, settings.response_length, s.answers > s.slots)
-    table += token * s.read * settings.prompt_length * (1 if s.read == s.prompts else 2)  # the prompts that wait, the next ones
+    table = s.token * s.slots * table_columns(settings.prompt_length, settings.response_length, s.answers > s.slots)
+    table += s.token * s.read * settings.prompt_length * (1 if s.read == s.prompts else 2)  # the prompts that wait, the next ones
+    tables = (table, 0, 0)
     scoring = activations(s.scoring, *s.scored, backward=False)[1]
     kept, peak = activations(s.training, *s.micro)
     tokens = [rows * min(length, settings.response_length) for rows, length in (s.scored, s.micro)]
     logits = [logit_bytes(count, s.words, s.width, s.held, backward) for count, backward in zip(tokens, (False, True))]
     reading = max(activations(s.sampling, s.read, settings.prompt_length, backward=False)[1], draw_bytes(s.slots, s.words, s.size))
+    if settings.engine == "vllm":  # which keeps its share all the time, and whose temporaries are in it
+        away, reading, rest = False, 0, max(0, settings.vllm_memory * settings.gpu_memory * 1e9 - copied)
+        tables = (rest, rest, rest)
     return {
         "weights": (weights, weights, weights),
         "AdamW's moments": (moments, moments, moments),
         "gradients": (0, 0, gradients),
         "copy that samples": (copied, 0, 0) if away else (copied, copied, copied),
         "gathered weights": (0, *gathered),
-        "keys and values": (table, 0, 0),
+        "keys and values": tables,
         "activations": (0, 0, kept),
         "logits, temporaries": (reading, max(scoring, logits[0]), max(peak - kept, logits[1])),
     }
@@ -152,7 +169,8 @@ def totals(settings):
 def step(settings, response):
     """{part: (operations, seconds)} of one GPU in one step (rollout and updates), every answer `response` tokens.
 
-    Sampling: the prompts, then steps = ⌈B / slots⌉ · T, bound by what is read or by what is computed. Scoring: one forward pass of
+    Sampling: the prompts, then steps = ⌈B · N / slots⌉ · T for N GPUs that sample as one (or 1), bound by what is read or by what is
+    computed. Scoring: one forward pass of
     policy and critic. Updates: three times that, four with checkpointing; the output matrix four times (its logits are made again).
     """
     s, prompt, end = shapes(settings), settings.prompt_length, settings.prompt_length + response
@@ -161,7 +179,9 @@ def step(settings, response):
     rate, bandwidth = settings.gpu_tflops * 1e12 * COMPUTE_USE, settings.gpu_bandwidth * 1e9 * BANDWIDTH_USE
     read = forward_operations(s.body, s.attention, s.prompts, 0, prompt)
     decoded = forward_operations(s.body, s.attention, s.answers, prompt, end) + s.answers * head
-    moved = decode_bytes(-(-s.answers // s.slots) * response, s.policy * s.size, s.answers, token_bytes(s.sampling), prompt, response)
+    together = settings.tensor_parallel
+    steps = -(-s.answers * together // max(1, s.slots)) * response
+    moved = decode_bytes(steps, s.policy * s.size / together, s.answers * together, s.token, prompt, response)
     scored = both * forward_operations(s.body, s.attention, s.answers, 0, end) + s.answers * head
     passes = 4 if settings.gradient_checkpointing else 3
     trained = passes * both * forward_operations(s.body, s.attention, s.updates * s.updated, 0, end) + 4 * s.updates * s.updated * head
@@ -177,19 +197,31 @@ def seconds(parts):
     return sum(taken for _, taken in parts.values())
 
 
-def remedies(settings):
-    """[(flag, settings)]: what to change, each beside those before it, until the run fits or no flag is left that helps.
+def fits(settings):
+    """Whether every phase has room, and vLLM for one answer at least."""
+    return max(totals(settings)) <= settings.gpu_memory * 1e9 and shapes(settings).slots > 0
 
-    Found one change at a time, for the fullest phase what costs least first. More GPUs than prompts are no remedy: some would
-    have none to sample.
+
+def remedies(settings):
+    """[(flags, settings)]: what to change, each beside those before it, until the run fits or no flag is left that helps.
+
+    Found one change at a time, for the fullest phase what costs least first; a policy whose copy takes more than a quarter of a
+    GPU samples with vLLM over up to eight. More GPUs than prompts are no remedy: some would have none to sample.
     """
-    now = settings
-    while max(full := totals(now)) > now.gpu_memory * 1e9:
-        phase, slots = full.index(max(full)), shapes(now).slots
+    now, limit = settings, settings.gpu_memory * 1e9
+    while not fits(now):
+        full, s, by_vllm = totals(now), shapes(now), now.engine == "vllm"
+        phase = full.index(max(full))
+        together = [n for n in (2, 4, 8) if n > now.tensor_parallel and now.gpus % n == 0 and s.heads % n == 0]
         at_once = now.micro_batch_tokens * (4 if phase == 1 else 1)
-        batches_matter = sum(part[phase] for name, part in memory(now).items() if name in STAYS) < now.gpu_memory * 1e9
-        if batches_matter and phase == 0 and slots > 1:
-            now = replace(now, sample_rows=slots // 2)
+        stays = STAYS + ("keys and values",) * by_vllm
+        batches_matter = sum(part[phase] for name, part in memory(now).items() if name in stays) < limit
+        if together and (not s.slots if by_vllm else s.policy * s.size > limit / 4):
+            now = replace(now, engine="vllm", tensor_parallel=together[-1])
+        elif not s.slots and now.vllm_memory < 0.9:
+            now = replace(now, vllm_memory=round(now.vllm_memory + 0.1, 2))
+        elif batches_matter and phase == 0 and s.slots > 1 and not by_vllm:
+            now = replace(now, sample_rows=s.slots // 2)
         elif batches_matter and phase == 2 and not now.gradient_checkpointing:
             now = replace(now, gradient_checkpointing=True)
         elif batches_matter and phase > 0 and at_once >= 2 * (now.prompt_length + now.response_length):
@@ -201,10 +233,13 @@ def remedies(settings):
         else:
             break
     changes = []
-    for name in ("gradient_checkpointing", "micro_batch_tokens", "cpu_offload", "sample_rows", "gpus"):
-        if (value := getattr(now, name)) != getattr(settings, name):
-            settings = replace(settings, **{name: value})
-            changes.append((f"--{name}" if value is True else f"--{name} {value}", settings))
+    for names in (
+        ("engine", "tensor_parallel"), ("vllm_memory",), ("gradient_checkpointing",), ("micro_batch_tokens",), ("cpu_offload",),
+        ("sample_rows",), ("gpus",),
+    ):  # fmt: skip
+        if new := {name: getattr(now, name) for name in names if getattr(now, name) != getattr(settings, name)}:
+            settings = replace(settings, **new)
+            changes.append((" ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in new.items()), settings))
     return changes
 
 
@@ -213,21 +248,26 @@ def report(settings):
     s, full, limit = shapes(settings), totals(settings), settings.gpu_memory * 1e9
     print(f"on paper: {settings.model} on {settings.gpus} GPU{'s' * (settings.gpus > 1)} of {settings.gpu_memory:g} GB")
     print(f"policy {s.policy:,} parameters, critic {s.critic:,}; answers of at most {settings.response_length:,} tokens")
+    beside = f"{s.slots} side by side" + f" on {settings.tensor_parallel} GPUs" * (settings.tensor_parallel > 1)
     print(
-        f"one GPU: {s.prompts} prompts, {s.answers} answers, {s.slots} side by side; {s.updates} updates of {s.updated} "
+        f"one GPU: {s.prompts} prompts, {s.answers} answers, {beside}; {s.updates} updates of {s.updated} "
         f"answers, {s.micro[0]} x {s.micro[1]:,} tokens at once"
     )
     if settings.gpus > settings.prompts * (1 if settings.group_sampling else settings.samples):
         print(f"warning: more GPUs than prompts ({settings.prompts}): some have none to sample")
 
     def line(name, *columns):
-        print(f"{name:26s}" + "".join(f"{column:>15s}" for column in columns))
+        print(f"{name:34s}" + "".join(f"{column:>15s}" for column in columns))
 
     print()
     line("GB of one GPU", "sampling", "scoring", "update")
     for name, numbers in (memory(settings) | {"together": full}).items():
         line(name, *(f"{number / 1e9:.1f}" for number in numbers))
     line("", *("fits" if number <= limit else "does not fit" for number in full))
+    if not s.slots:
+        print(
+            f"vLLM's {settings.vllm_memory:.0%} (--vllm_memory) of a GPU have no room beside its weights for one answer of {s.length:,} tokens"
+        )
 
     lengths = (settings.response_length, max(1, settings.response_length // 2))
     steps = [step(settings, length) for length in lengths]
@@ -240,14 +280,14 @@ def report(settings):
         f"assumed: {COMPUTE_USE:.0%} of {settings.gpu_tflops:g} TFLOP/s, {BANDWIDTH_USE:.0%} of {settings.gpu_bandwidth:g} GB/s, prompts of "
         f"{settings.prompt_length:,} tokens; no time\nfor starting kernels, between GPUs, for verdicts and evaluations; no fragments of memory"
     )
-    if max(full) > limit:
+    if not fits(settings):
         print()
         line("to make it fit", "sampling", "scoring", "update", "one step")
         now = settings
         for flag, now in remedies(settings):
             hours = seconds(step(now, now.response_length)) / 3600
             line(flag, *(f"{number / 1e9:.1f}" for number in totals(now)), f"{hours:.2f} h")
-        if max(totals(now)) > limit:
+        if not fits(now):
             copied = memory(now)["copy that samples"][0] / 1e9
-            print(f"still too much, and no flag is left: {copied:.1f} GB are the copy that samples, whole on each GPU")
-    return {"gigabytes": tuple(number / 1e9 for number in full), "seconds": seconds(steps[0]), "fits": max(full) <= limit}
+            print(f"still too much, and no flag is left; {copied:.1f} GB are the copy that samples")
+    return {"gigabytes": tuple(number / 1e9 for number in full), "seconds": seconds(steps[0]), "fits": fits(settings)}

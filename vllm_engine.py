@@ -64,7 +64,8 @@ class Engine:
                     disable_log_stats=True, skip_tokenizer_init=True, **ranks if distributed.world() > 1 else {},
                 )  # fmt: skip
         except (ValueError, RuntimeError, OSError, ImportError) as error:
-            raise BadInput(f"--engine vllm cannot load {settings.model}: {str(error).strip().splitlines()[-1]}") from None
+            said = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error).strip().splitlines()[-1]  # pydantic's, or plain
+            raise BadInput(f"--engine vllm cannot load {settings.model}: {said}") from None
 
     def refresh(self, policy):
         """Hands over the policy's weights, and throws away the prompts read with others."""

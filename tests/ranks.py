@@ -31,6 +31,7 @@ def result(task):
     device = torch.device("cpu")
     torch.manual_seed(0)
     policy, critic = model.load_policy(task["model"], device), model.load_critic(task["model"], device)
+    assert not distributed.rank() or {policy.device.type, critic.device.type} == {"meta"}  # rank 0 alone reads the weights
     torch.nn.init.normal_(model.value_head(critic).weight, std=0.1)
     policy, critic = (model.ready(network, device, settings) for network in (policy, critic))
     rows = dict(task["rows"])

@@ -242,10 +242,30 @@ def test_a_plan_needs_a_config_and_nothing_else_and_its_remedies_help(tmp_path, 
     assert train_vapo.main([*flags, "--gpus=16"])["gigabytes"][2] < found["gigabytes"][2]
 
 
-def test_a_copy_that_fits_no_gpu_is_said(tmp_path, capsys):
-    flags = ["--plan", f"--model={config_only('32B', tmp_path)}", "--prompts=512", "--response_length=20480", "--gpus=64"]
-    assert not train_vapo.main([*flags, "--gpu_memory=60"])["fits"]
-    assert "65.5 GB are the copy that samples" in capsys.readouterr().out
+def test_answers_that_vllm_has_room_for():
+    """24 GB, 8.2 of them weights, and 21,504 tokens of 32,768 bytes each an answer: ⌊15.8 / 0.7046⌋."""
+    assert plan.vllm_answers(share=24e9, weights=8.2e9, token=32_768, length=21_504) == 22
+    assert plan.vllm_answers(share=24e9, weights=25e9, token=32_768, length=21_504) == 0
+
+
+def test_a_large_policy_samples_over_several_gpus(tmp_path, capsys):
+    model_flags = [f"--model={config_only('32B', tmp_path)}", "--mini_batch=512", "--response_length=20480"]
+    flags = ["--plan", *model_flags, "--prompts=512", "--gpus=64"]
+    alone = train_vapo.main(flags)
+    assert not alone["fits"] and "--engine vllm --tensor_parallel 8" in capsys.readouterr().out
+    together = train_vapo.main([*flags, "--engine=vllm", "--tensor_parallel=8", "--gradient_checkpointing"])
+    assert together["fits"] and "22 side by side on 8 GPUs" in capsys.readouterr().out
+    parts = plan.memory(Settings(plan=True, prompts=512, gpus=64, engine="vllm", tensor_parallel=8, model=str(tmp_path)))
+    assert parts["copy that samples"] == (32_763_876_352 * 2 / 8,) * 3  # bfloat16
+    assert [sum(pair) for pair in zip(parts["copy that samples"], parts["keys and values"])] == [0.3 * 80e9] * 3
+    assert not train_vapo.main([*flags, "--engine=vllm"])["fits"]
+    assert "no room beside its weights for one answer" in capsys.readouterr().out
+
+
+def test_a_model_that_fits_no_gpu_is_said(tmp_path, capsys):
+    flags = ["--plan", f"--model={config_only('32B', tmp_path)}", "--prompts=1", "--mini_batch=16", "--response_length=20480"]
+    assert not train_vapo.main([*flags, "--gpus=1"])["fits"]
+    assert "no flag is left; 65.5 GB are the copy that samples" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

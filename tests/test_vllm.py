@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_bad_input import fails_with
+from test_distributed import FLAGS, ROOT, torchrun
 from test_rollout import deviation
 from test_vapo import metrics_of, vapo_run
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import model
 import problems as problem_files
@@ -37,7 +39,7 @@ def sampler(base):
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     policy = model.load_policy(base, device, "float32")
-    settings = SimpleNamespace(model=base, sample_rows=256, seed=0, vllm_memory=0.2, **LENGTH)
+    settings = SimpleNamespace(model=base, sample_rows=256, seed=0, vllm_memory=0.2, tensor_parallel=1, **LENGTH)
     return vllm_engine.engine(settings, policy), policy, model.load_tokenizer(base)
 
 
@@ -80,6 +82,22 @@ def test_a_run_samples_with_vllm_and_corrects_for_it(world, base, tmp_path):
     lines = metrics_of(tmp_path)[1:]
     assert len(lines) == 3 and all(line["sampler_gap"] < 1e-5 and abs(line["importance"] - 1) < 1e-5 for line in lines)
     assert json.loads((tmp_path / "config.json").read_text())["settings"].count("--engine=vllm") == 1
+
+
+@needs_vllm
+@pytest.mark.parametrize("together", [1, 2])
+def test_several_processes_sample_with_vllm_each_or_as_one(world, base, tmp_path, together):
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(base, hidden_size=64, num_attention_heads=2, num_key_value_heads=2, initializer_range=0.3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")  # two heads, one for each process
+    model.load_tokenizer(base).save_pretrained(tmp_path / "base")
+    lengths = [f"--model={tmp_path}/base"] + [f"--{name}={value}" for name, value in LENGTH.items()]
+    flags = ["--steps=3", "--engine=vllm", f"--tensor_parallel={together}", "--dtype=float32", f"--out={tmp_path}/run", *lengths]
+    done = torchrun(2, ROOT / "train_vapo.py", f"@{world}/train_vapo.args", *FLAGS, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = metrics_of(tmp_path / "run")[1:]
+    assert len(lines) == 3 and all(line["sampler_gap"] < 1e-5 and line["ratio_max"] > 1 for line in lines)
+    assert all(line["length_max"] > line["length"] > 1 for line in lines)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
