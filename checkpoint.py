@@ -39,31 +39,39 @@ def save(run_dir, step, learners, rest, keep=2):
         tensors |= tensors_of(name, learner)
         if not isinstance(learner, (torch.nn.Module, dict)):
             small[name] = {key: value for key, value in learner.state_dict().items() if key != "state"}
-    failed = None
-    try:
+    sums = {}
+
+    def begin():
         if not distributed.rank():
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
-    except OSError as error:
-        failed = error
-    if not distributed.any_rank(failed is not None):  # what follows needs all ranks
-        try:
-            with in_this_many_processes() as how:
-                dcp.save(tensors, checkpoint_id=beside, **how)
-            if not distributed.rank():
-                write(beside / "rest.pt", small)
-                files = sorted(beside.iterdir())
-                write_json(beside / "whole.json", {path.name: [path.stat().st_size, checksum(path)] for path in files})
-                shutil.rmtree(directory, ignore_errors=True)
-                beside.rename(directory)
-        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-            failed = error
-    if distributed.any_rank(failed is not None):
+
+    def write_tensors():
+        with in_this_many_processes() as how:
+            dcp.save(tensors, checkpoint_id=beside, **how)
+        sums.update(described(sorted(beside.glob(f"__{distributed.rank()}_*"))))  # each rank reads what it wrote
+
+    def finish():
+        for others in distributed.all_ranks(sums):
+            sums.update(others)
         if not distributed.rank():
-            shutil.rmtree(beside, ignore_errors=True)
-        raise BadInput(
-            f"cannot write the checkpoint {directory} ({reason(failed)}): make room, then --resume {run_dir}; the ones before are whole"
-        )
+            write(beside / "rest.pt", small)
+            sums.update(described(path for path in sorted(beside.iterdir()) if path.name not in sums))
+            write_json(beside / "whole.json", sums)
+            shutil.rmtree(directory, ignore_errors=True)
+            beside.rename(directory)
+
+    failed = None
+    for work in (begin, write_tensors, finish):  # each needs all ranks
+        try:
+            work()
+        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+            failed = cause(error)
+        if distributed.any_rank(failed is not None):
+            if not distributed.rank():
+                shutil.rmtree(beside, ignore_errors=True)
+            said = f"cannot write the checkpoint {directory} ({first_line(failed) or 'on another rank'})"
+            raise BadInput(f"{said}: make room, then --resume {run_dir}; the ones before are whole")
     if not distributed.rank():
         later = [path for path in saved(run_dir) if path.name > directory.name]  # damaged, or the run would not be here again
         for old in later + [path for path in saved(run_dir) if path not in later][keep:]:
@@ -101,19 +109,13 @@ def load(run_dir):
 
     Raises: BadInput if there are checkpoints and all are damaged.
     """
-    found = None
-    if not distributed.rank():
-        for directory in saved(run_dir):
-            if not (wrong := damage(directory)):
-                found = directory
-                break
-            print(f"warning: the checkpoint {directory} is damaged ({wrong}): taking the one before")
-        if found is None and saved(run_dir):
-            found = BadInput(f"all checkpoints in {run_dir}/checkpoint are damaged: start again with another --out")
-    found = distributed.from_rank_0(found)
-    if isinstance(found, BadInput):
-        raise found
-    return found and (found, read(found / "rest.pt"))
+    there = distributed.from_rank_0(saved(run_dir))
+    for directory in there:
+        if not (wrong := damage(directory)):
+            return directory, read(directory / "rest.pt")
+        print(f"warning: the checkpoint {directory} is damaged ({wrong}): taking the one before")
+    require(not there, f"all checkpoints in {run_dir}/checkpoint are damaged: start again with another --out")
+    return None
 
 
 def remove(run_dir):
@@ -123,21 +125,25 @@ def remove(run_dir):
 
 
 def damage(directory):
-    """What is wrong with a checkpoint, in words, or None."""
+    """What is wrong with a checkpoint, in words, or None. Every rank looks at its share of the files."""
+    wrong = None
     try:
         files = json.loads((directory / "whole.json").read_text())
-        for name, (size, expected) in files.items():
+        for name, (size, expected) in sorted(files.items())[distributed.rank() :: distributed.world()]:
             if (directory / name).stat().st_size != size:
-                return f"{name} has {(directory / name).stat().st_size} bytes of {size}"
-            if checksum(directory / name) != expected:
-                return f"{name} has changed"
-    except (OSError, ValueError, TypeError) as error:
-        return str(error).splitlines()[0]
-    return None
+                wrong = f"{name} has {(directory / name).stat().st_size} bytes of {size}"
+            elif checksum(directory / name) != expected:
+                wrong = f"{name} has changed"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        wrong = first_line(error)
+    return next((said for said in distributed.all_ranks(wrong) if said), None)
 
 
 def restore(directory, rest, learners):
-    """Gives networks, optimisers and schedulers the state of a checkpoint, on any number of ranks."""
+    """Gives networks, optimisers and schedulers the state of a checkpoint, on any number of ranks.
+
+    Raises: BadInput if it is that of other models.
+    """
     tensors = {}
     known = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
     for name, learner in learners.items():
@@ -148,8 +154,12 @@ def restore(directory, rest, learners):
                     tensors[f"{name}/{i}/{key}"] = torch.zeros(()) if key == "step" else torch.zeros_like(parameter)
         else:
             tensors |= tensors_of(name, learner)
-    with in_this_many_processes() as how:
-        dcp.load(tensors, checkpoint_id=directory, **how)
+    try:
+        with in_this_many_processes() as how:
+            dcp.load(tensors, checkpoint_id=directory, **how)
+    except (*UNREADABLE, dcp.api.CheckpointException) as error:
+        said = first_line(cause(error))
+        raise BadInput(f"the checkpoint {directory} does not fit ({said}): is --model still the model that the run began with?") from None
     for name, learner in learners.items():
         if isinstance(learner, torch.optim.Optimizer):
             state = {}
@@ -170,12 +180,24 @@ def checksum(path):
     return crc
 
 
-def reason(error):
-    """The first line of what went wrong, the cause itself where torch.distributed.checkpoint has wrapped it."""
+def described(paths):
+    """{name: [size, checksum]} of files."""
+    return {path.name: [path.stat().st_size, checksum(path)] for path in paths}
+
+
+def cause(error):
+    """What torch.distributed.checkpoint has wrapped, or the error itself. Raises: KeyboardInterrupt if it is that."""
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
         failure = next(iter(error.failures.values()))
         error = failure[0] if isinstance(failure, tuple) else failure
-    return str(error).strip().splitlines()[0] if error is not None and str(error).strip() else "on another rank"
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    return error
+
+
+def first_line(error):
+    """Of its message; its kind where it has none; nothing of None."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0] if error is not None else ""
 
 
 def write(path, value):
@@ -185,11 +207,14 @@ def write(path, value):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
-    with open(beside, "wb") as file:
-        torch.save(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with open(beside, "wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def read(path):
@@ -197,7 +222,7 @@ def read(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        raise BadInput(f"{path} is damaged ({str(error).splitlines()[0]}): remove it to start again") from None
+        raise BadInput(f"{path} is damaged ({first_line(error)}): remove it to start again") from None
 
 
 def keep_bad_batch(run_dir, step, number, batch, metrics, in_a_row, limit):
@@ -220,7 +245,10 @@ def export(model, tokenizer, directory):
     with distributed.rank_0_first():  # the others may read it afterwards
         if not distributed.rank():
             shutil.rmtree(beside, ignore_errors=True)
-            model.save_pretrained(beside)
-            tokenizer.save_pretrained(beside)
-            shutil.rmtree(directory, ignore_errors=True)
-            beside.replace(directory)
+            try:
+                model.save_pretrained(beside)
+                tokenizer.save_pretrained(beside)
+                shutil.rmtree(directory, ignore_errors=True)
+                beside.replace(directory)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)

@@ -141,8 +141,8 @@ def silent_ranks():
 
 def rank_0_says(line):
     """Whether rank 0 ends with the same last words, so that this rank need not say them too."""
-    if world() == 1:
-        return False
+    if world() == 1:  # before `start`, the flags are at fault, and all ranks have the same
+        return "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0"
     store = dist.distributed_c10d._get_default_store()
     if not rank():
         store.set("last words", line)
@@ -220,7 +220,7 @@ def add_numbers(numbers):
 
 def all_ranks(value):
     """A list of all ranks' values, on every rank."""
-    meet("gathering the answers")
+    meet("gathering")
     values = [value] * world()
     if world() > 1:
         dist.all_gather_object(values, value, group=STATE["control"])

@@ -112,7 +112,8 @@ def steps(settings, device, seconds, peak_bytes):
         for phase in taken:
             line[f"{phase}_us"], line[f"{phase}_attention_us"] = (1e6 * x / (answers * tokens) for x in (taken[phase], alone[phase]))
         phases = "   ".join(f"{phase} {line[f'{phase}_us']:7.1f} ({line[f'{phase}_attention_us']:6.1f})" for phase in taken)
-        print(f"{answers:5d} answers of {tokens:6d} tokens   {phases} us a token   update {memory / 1e6:6.0f} MB", flush=True)
+        held = f"   update {memory / 1e6:6.0f} MB" if memory else ""  # not measured on every system
+        print(f"{answers:5d} answers of {tokens:6d} tokens   {phases} us a token{held}", flush=True)
         return line
 
     seconds(lambda: step(4, 64), device)  # warm-up, printed like the rest

@@ -10,8 +10,10 @@ import functools
 import importlib.util
 import json
 import math
+import os
 import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -50,16 +52,19 @@ def exit_on_bad_input(main):
             if not distributed.rank_0_says(line):
                 print(line, file=sys.stderr, flush=True)
             raise SystemExit(2) from None
-        except OSError as error:
-            if error.errno not in USERS_DISK:
-                raise
-            print(f"error: {error.filename or 'writing'}: {error.strerror}: mend that, or give another --out", file=sys.stderr, flush=True)
-            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("stopped at once: what was saved before stays, --resume goes on from it", file=sys.stderr)
+            raise SystemExit(128 + (STOP[0] if STOP else signal.SIGINT)) from None
         except Stopped as stopped:
             by = STOP[0] if STOP else signal.SIGTERM  # of several processes, another may have been asked
             print(f"stopped by {by.name}: {stopped}", file=sys.stderr)
             raise SystemExit(128 + by) from None
         except Exception as error:
+            if disk := users_disk(error):
+                print(
+                    f"error: {disk.filename or 'writing'}: {disk.strerror}: mend that, or give another --out", file=sys.stderr, flush=True
+                )
+                raise SystemExit(2) from None
             if distributed.world() > 1:
                 try:
                     silent = ", ".join(f"rank {rank}" for rank in distributed.silent_ranks()) or "none"
@@ -72,6 +77,19 @@ def exit_on_bad_input(main):
 
 
 USERS_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EFBIG}
+
+
+def users_disk(error):
+    """The OSError behind an error, if the user can mend it: a full disk, no permission. (Others wrap it, safetensors in words.)"""
+    while error is not None:
+        said = re.search(r"\(os error (\d+)\)", str(error))
+        found = OSError(int(said[1]), os.strerror(int(said[1]))) if said else error
+        if isinstance(found, OSError) and found.errno in USERS_DISK:
+            return found
+        error = error.__cause__ or error.__context__
+    return None
+
+
 STOP = []  # the signal that asked this process to stop, and when
 
 
@@ -237,6 +255,10 @@ def pick_device(name):
     except RuntimeError as error:
         raise BadInput(f"--device {name}: {error}") from None
     require(device.type != "cuda" or torch.cuda.is_available(), f"--device {name}: this machine has no CUDA device")
+    if device.type == "cuda" and distributed.world() > 1:
+        require(device.index is None, f"--device {name}: under torchrun each process has its own; leave the number out")
+        here, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        require(here <= there, f"{here} processes for the {there} GPUs of this machine: torchrun --nproc_per_node {there}")
     return distributed.local_device(device)
 
 

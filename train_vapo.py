@@ -297,7 +297,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
         numbers |= dict(zip(("seconds_sample", "seconds_score", "seconds_update"), seconds))
         tokens = int(rows["length_B"].sum())
         numbers["sample_tokens_per_second"], numbers["train_tokens_per_second"] = tokens / seconds[0], tokens / seconds[2]
-        numbers["gradient_steps"] = step * len(updates)
+        numbers["gradient_steps"] = learners["policy_scheduler"].last_epoch  # without those that were skipped
         bar.set_postfix(accuracy=f"{numbers['accuracy']:.2f}", length=f"{numbers['length']:.0f}")
 
         last = step == settings.steps

@@ -1,7 +1,8 @@
 """What test_faults.py starts: a process that has imported everything, and forks one that runs a script for each line it reads.
 
 A line is JSON: script, argv, log (a file), and what is to happen to it: `after` seconds, or `at` the n-th call of a function
-([module, function, n]), `what`: kill (SIGKILL), term (SIGTERM) or full (no file may grow any more, as on a full disk).
+([module, function, n]), `what`: kill (SIGKILL), term (SIGTERM), twice (Ctrl-C two times) or full (no file may grow any more, as on a
+full disk).
 The answer is a line too: the exit status (negative: the signal that ended it) and the seconds it took.
 """
 
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
+import run
 import train_value
 import train_vapo
 
@@ -28,6 +30,10 @@ def strike(what):
     if what == "full":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    elif what == "twice":  # Ctrl-C, and again some seconds later
+        os.kill(os.getpid(), signal.SIGINT)
+        run.STOP[1] -= 10
+        os.kill(os.getpid(), signal.SIGINT)
     else:
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[what])
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_bad_input import fails_with
 from test_vapo import SMALL, metrics_of, vapo_run, without_clock
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import checkpoint
 import losses
@@ -97,7 +98,9 @@ def test_a_run_killed_in_the_middle_of_anything_ends_as_if_it_had_not_been(world
     assert not list((out / "checkpoint").glob("*.tmp")) and len(checkpoint.saved(out)) == 2
 
 
-@pytest.mark.parametrize("at", [("ppo", "backward", 5), ("train_value", "objective_columns", 5), ("rollout", "sample", 3)])
+@pytest.mark.parametrize(
+    "at", [("ppo", "backward", 5), ("train_value", "objective_columns", 5), ("rollout", "sample", 1), ("rollout", "sample", 3)]
+)
 def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(world, forks, undisturbed, tmp_path, at):
     out, log = tmp_path / "run", tmp_path / "log"
     assert forks(flags_of(world, out), log, at=at, what="term")["status"] == 128 + 15
@@ -106,6 +109,38 @@ def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(world, forks, und
     ended = forks([f"--resume={out}"], log, at=("ppo", "backward", 1), what="kill")  # what it saved is enough: it repeats no step
     assert ended["status"] == -9 and (steps == 0 or len(metrics_of(out)) == steps)
     assert go_on(world, forks, out, log) == undisturbed[0]
+
+
+def test_a_signal_while_pretraining_answers_are_sampled_keeps_them_and_fits_nothing(world, forks, undisturbed, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    assert forks(flags_of(world, out), log, at=("rollout", "sample", 1), what="term")["status"] == 128 + 15
+    assert (out / "value" / "answers.pt").exists() and not (out / "value" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("at", [("rollout", "sample", 4), ("torch.distributed.checkpoint.filesystem", "FileSystemWriter.write_data", 6)])
+def test_ctrl_c_twice_stops_at_once_even_in_a_save(world, forks, undisturbed, tmp_path, at):
+    out, log = tmp_path / "run", tmp_path / "log"
+    assert forks(flags_of(world, out), log, at=at, what="twice")["status"] == 128 + 2
+    assert "SIGINT: finishing this step" in log.read_text() and "stopped at once" in log.read_text()
+    assert go_on(world, forks, out, log) == undisturbed[0]
+
+
+@pytest.mark.parametrize("at", [("checkpoint", "write", 1), ("checkpoint", "export", 1), ("checkpoint", "export", 2)])
+def test_a_full_disk_elsewhere_is_one_line_and_leaves_nothing_half_written(world, forks, undisturbed, tmp_path, at):
+    out, log = tmp_path / "run", tmp_path / "log"
+    ended = forks(flags_of(world, out), log, at=at, what="full")
+    assert ended["status"] == 2, log.read_text()
+    assert len([line for line in log.read_text().splitlines() if line.startswith("error: ") and "File too large" in line]) == 1
+    assert not list(out.rglob("*.tmp"))
+    assert go_on(world, forks, out, log) == undisturbed[0]
+
+
+def test_another_model_in_place_of_the_runs_own_is_refused(world, tmp_path, capsys):
+    base = shutil.copytree(world / "base", tmp_path / "base")
+    vapo_run(world, tmp_path / "run", "--steps=1", "--no_value_pretraining", f"--model={base}")
+    config = AutoConfig.from_pretrained(base, hidden_size=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    fails_with(capsys, train_vapo.main, [f"--resume={tmp_path}/run", "--steps=2"], "does not fit", "is --model still the model")
 
 
 @pytest.mark.parametrize("number, saved", [(5, ["step-000000"]), (7, ["step-000002", "step-000001"])])
