@@ -15,11 +15,13 @@ import ranks
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, Qwen2Config
 
+import checkpoint
 import distributed
 import model
 import problems as problem_files
 import rollout
 import table
+from run import BadInput, pick_device
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ["--device=cpu", "--prompts=6", "--samples=4", "--mini_batch=8", "--micro_batch_tokens=64", "--eval_samples=2", "--save_every=1",
@@ -42,6 +44,13 @@ def free_port():
 
 def metrics_of(run_dir):
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_metrics(run_dir, lines):
+    """Until a run in another process has logged so many."""
+    deadline = time.time() + 120
+    while time.time() < deadline and not ((run_dir / "metrics.jsonl").exists() and len(metrics_of(run_dir)) >= lines):
+        time.sleep(0.2)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -77,6 +86,8 @@ def test_gradients_are_those_of_one_process_whatever_the_split(world, tmp_path, 
     torch.save(tasks, tmp_path / "tasks.pt")
     done = torchrun(processes, ROOT / "tests" / "ranks.py", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
+    order = (tmp_path / "order").read_text()
+    assert order[0] == "0" and sorted(order) == list("0123"[:processes])
     for task, got in zip(tasks, torch.load(tmp_path / f"result-{processes}.pt")):
         expected = ranks.result(task)
         for name in ("old_logp_BT", "old_value_BT", "adv_BT", "target_BT"):
@@ -92,9 +103,13 @@ def test_a_run_on_two_processes_goes_on_on_one_and_on_three(world, tmp_path):
     argv = [ROOT / "train_vapo.py", f"@{world}/train_vapo.args", *FLAGS, f"--out={tmp_path}/run"]
     for processes, flags in ((2, [*argv, "--steps=2"]), (1, [argv[0], f"--resume={tmp_path}/run", "--steps=3"]),
                              (3, [argv[0], f"--resume={tmp_path}/run", "--steps=4"])):  # fmt: skip
+        if processes == 3:  # of the last checkpoint a file that rank 0 does not look at has changed: step 3 is done again
+            path = sorted((tmp_path / "run" / "checkpoint" / "step-000003").iterdir())[1]
+            path.write_bytes(path.read_bytes()[:-1] + b"!")
         done = torchrun(processes, *flags)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("test problems") == 1  # rank 0 speaks
+    assert done.stdout.count(f"step-000003 is damaged ({path.name} has changed)") == 1
     lines = metrics_of(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     assert all(line["sampler_gap"] < 1e-5 for line in lines[1:])  # every rank samples from the policy of now
@@ -112,10 +127,44 @@ def test_a_run_on_two_processes_goes_on_on_one_and_on_three(world, tmp_path):
     assert one["test_greedy_accuracy"] == two["test_greedy_accuracy"]
 
 
-def test_more_processes_than_prompts_are_refused(world, tmp_path):
-    done = torchrun(2, ROOT / "train_vapo.py", f"@{world}/train_vapo.args", *FLAGS, "--prompts=1", f"--out={tmp_path}/run")
-    assert "1 --prompts for 2 processes" in done.stderr and not (tmp_path / "run").exists()
+@pytest.mark.parametrize("flag, said", [("--prompts=1", "1 --prompts for 2 processes"), ("--prompts=x", "argument --prompts")])
+def test_what_is_wrong_is_said_once(world, tmp_path, flag, said):
+    done = torchrun(2, ROOT / "train_vapo.py", f"@{world}/train_vapo.args", *FLAGS, flag, f"--out={tmp_path}/run")
+    assert said in done.stderr and not (tmp_path / "run").exists()
     assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
+
+
+def test_processes_that_would_share_a_gpu_are_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "STATE", {"world": 4, "rank": 0})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(BadInput, match="each process has its own; leave the number out"):
+        pick_device("cuda:1")
+    with pytest.raises(BadInput, match="4 processes for the 2 GPUs"):
+        pick_device("cuda")
+
+
+def test_dynamic_sampling_draws_the_same_groups_for_all(world, tmp_path):
+    flags = ["--preset=dapo", "--generations=50", "--steps=2", f"--out={tmp_path}/run"]
+    done = torchrun(2, ROOT / "train_vapo.py", f"@{world}/train_vapo.args", *FLAGS, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = metrics_of(tmp_path / "run")[1:]
+    assert max(line["generations"] for line in lines) > 1 and all(line["sampler_gap"] < 1e-5 for line in lines)
+
+
+def test_torchrun_that_is_told_to_stop_saves_the_run(world, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train_vapo.py",
+               f"@{world}/train_vapo.args", *FLAGS, "--steps=100000", "--save_every=0", "--eval_every=0", f"--out={tmp_path}/run"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for_metrics(tmp_path / "run", 3)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "stopped by SIGTERM: rollout " in error
+    assert checkpoint.saved(tmp_path / "run")[0].name == f"step-{metrics_of(tmp_path / 'run')[-1]['step']:06d}"
 
 
 @LINUX
@@ -131,9 +180,7 @@ def test_a_rank_that_dies_or_hangs_is_named_and_the_others_end(world, tmp_path, 
         environment = os.environ | {name: str(value) for name, value in environment.items()}
         processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
     try:
-        deadline = time.time() + 120
-        while time.time() < deadline and not ((tmp_path / "run" / "metrics.jsonl").exists() and len(metrics_of(tmp_path / "run")) > 2):
-            time.sleep(0.2)
+        wait_for_metrics(tmp_path / "run", 3)
         processes[1].send_signal(how)
         for rank in (0, 2):
             _, error = processes[rank].communicate(timeout=90)
