@@ -80,14 +80,10 @@ USERS_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS
 
 
 def users_disk(error):
-    """The OSError behind an error, if the user can mend it: a full disk, no permission. (Others wrap it, safetensors in words.)"""
-    while error is not None:
-        said = re.search(r"\(os error (\d+)\)", str(error))
-        found = OSError(int(said[1]), os.strerror(int(said[1]))) if said else error
-        if isinstance(found, OSError) and found.errno in USERS_DISK:
-            return found
-        error = error.__cause__ or error.__context__
-    return None
+    """The OSError that an error is, if the user can mend it: a full disk, no permission. (Of safetensors', it is in the words.)"""
+    if said := re.search(r"\(os error (\d+)\)", str(error)):
+        error = OSError(int(said[1]), os.strerror(int(said[1])))
+    return error if isinstance(error, OSError) and error.errno in USERS_DISK else None
 
 
 STOP = []  # the signal that asked this process to stop, and when
