@@ -53,7 +53,7 @@ def exit_on_bad_input(main):
                 print(line, file=sys.stderr, flush=True)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
-            print("stopped at once: what was saved before stays, --resume goes on from it", file=sys.stderr)
+            print("stopped at once; what was saved before stays", file=sys.stderr)
             raise SystemExit(128 + (STOP[0] if STOP else signal.SIGINT)) from None
         except Stopped as stopped:
             by = STOP[0] if STOP else signal.SIGTERM  # of several processes, another may have been asked

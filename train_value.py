@@ -94,11 +94,8 @@ class Settings(RunSettings):
 
 def mathematics(argv):
     """The flags but for those that change only memory and patience."""
-    return [
-        flag
-        for flag in argv
-        if not flag.startswith(("--micro_batch_tokens", "--gradient_checkpointing", "--cpu_offload", "--rank_timeout"))
-    ]
+    other = ("micro_batch_tokens", "gradient_checkpointing", "cpu_offload", "rank_timeout", "tensor_parallel", "vllm_memory")
+    return [flag for flag in argv if not flag.startswith(tuple(f"--{name}=" for name in other))]
 
 
 def fingerprint(policy, problems):

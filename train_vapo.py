@@ -80,7 +80,7 @@ PRESETS = {
 
 # What --resume may change: nothing of the mathematics.
 MAY_CHANGE = ("resume", "steps", "eval_every", "save_every", "keep", "generations", "max_bad_steps", "micro_batch_tokens",
-              "gradient_checkpointing", "cpu_offload", "rank_timeout")  # fmt: skip
+              "gradient_checkpointing", "cpu_offload", "rank_timeout", "tensor_parallel", "vllm_memory")  # fmt: skip
 
 
 @dataclass(frozen=True)

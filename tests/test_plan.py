@@ -273,6 +273,7 @@ def test_a_model_that_fits_no_gpu_is_said(tmp_path, capsys):
     [
         (["--gpus=0"], "--gpus must be at least 1"),
         (["--gpus=two"], "--gpus"),
+        (["--gpus=8", "--engine=vllm", "--tensor_parallel=3"], "the number of processes (torchrun), 8, is no multiple of it"),
         (["--gpu_memory=0"], "--gpu_memory must be positive"),
         (["--gpu_tflops=-1"], "--gpu_tflops must be positive"),
         (["--gpu_bandwidth=0"], "--gpu_bandwidth must be positive"),
