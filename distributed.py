@@ -10,11 +10,12 @@ holds a share of weights, gradients and optimiser states on each and adds the gr
 anything.
 """
 
+import atexit
 import os
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import wraps
 from types import MethodType
@@ -60,6 +61,7 @@ def start(minutes):
     control = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))  # for what must be said while a GPU hangs
     STATE.update(world=dist.get_world_size(), rank=dist.get_rank(), control=control, timeout=timedelta(minutes=minutes))
     threading.Thread(target=beat, daemon=True).start()
+    atexit.register(ended)
     if rank():
         sys.stdout = open(os.devnull, "w")
         bar = tqdm.__init__
@@ -123,17 +125,33 @@ def meet(where):
 
 
 def beat():
-    """Tells the others for ever that this process lives."""
-    store, key = dist.distributed_c10d._get_default_store().clone(), f"beats/{rank()}"
-    while True:
-        store.add(key, 1)
-        time.sleep(GRACE / 5)
+    """Tells the others for ever that this process lives, and the user when the next one does not: NCCL waits without naming it."""
+    store, other = dist.distributed_c10d._get_default_store().clone(), (rank() + 1) % world()
+    heard, since = 0, time.time()
+    try:
+        while True:
+            store.add(f"beats/{rank()}", 1)
+            now = store.add(f"beats/{other}", 0)
+            if now != heard:
+                heard, since = now, time.time()
+            elif time.time() - since > GRACE and not store.check([f"ended/{other}"]):
+                print(f"warning on rank {rank()}: nothing is heard of rank {other}: it is dead or hangs", file=sys.stderr, flush=True)
+                since = float("inf")  # said once
+            time.sleep(GRACE / 5)
+    except RuntimeError:  # the store is gone, and with it the run
+        return
+
+
+def ended():
+    """Tells the others that this process has an end of its own, good or bad."""
+    with suppress(RuntimeError):
+        dist.distributed_c10d._get_default_store().set(f"ended/{rank()}", "")
 
 
 def silent_ranks():
     """After an error: the ranks that have not ended with one before, and of which nothing is heard for a few seconds."""
+    ended()
     store = dist.distributed_c10d._get_default_store()
-    store.set(f"ended/{rank()}", "")
     before = [store.add(f"beats/{other}", 0) for other in range(world())]
     time.sleep(GRACE)
     return [other for other in range(world()) if store.add(f"beats/{other}", 0) == before[other] and not store.check([f"ended/{other}"])]
