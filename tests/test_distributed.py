@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+from test_vapo import without_clock
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, Qwen2Config
 
 import checkpoint
@@ -124,6 +126,22 @@ def test_a_run_on_two_processes_goes_on_on_one_and_on_three(world, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (metrics_of(tmp_path / f"eval{processes}")[0] for processes in (1, 2))
     assert one["test_greedy_accuracy"] == two["test_greedy_accuracy"]
+
+
+def test_on_as_many_processes_a_resumed_run_is_the_same_bit_for_bit(world, tmp_path):
+    def remains():
+        weights = [(tmp_path / "run" / name / "model.safetensors").read_bytes() for name in ("policy", "critic")]
+        return weights, without_clock(metrics_of(tmp_path / "run"))
+
+    script = ROOT / "train_vapo.py"
+    done = torchrun(2, script, f"@{world}/train_vapo.args", *FLAGS, "--steps=3", "--keep=3", f"--out={tmp_path}/run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    undisturbed = remains()
+    for name in ("checkpoint/step-000003", "checkpoint/step-000002", "policy", "critic"):
+        shutil.rmtree(tmp_path / "run" / name)
+    done = torchrun(2, script, f"--resume={tmp_path}/run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert remains() == undisturbed
 
 
 @pytest.mark.parametrize("flag, said", [("--prompts=1", "1 --prompts for 2 processes"), ("--prompts=x", "argument --prompts")])
