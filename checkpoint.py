@@ -157,18 +157,21 @@ def restore(directory, rest, learners):
     try:
         with in_this_many_processes() as how:
             dcp.load(tensors, checkpoint_id=directory, **how)
-    except (*UNREADABLE, dcp.api.CheckpointException) as error:
-        said = first_line(cause(error))
-        raise BadInput(f"the checkpoint {directory} does not fit ({said}): is --model still the model that the run began with?") from None
-    for name, learner in learners.items():
-        if isinstance(learner, torch.optim.Optimizer):
-            state = {}
-            for key in (key for key in tensors if key.startswith(f"{name}/")):
-                _, i, what = key.split("/")
-                state.setdefault(int(i), {})[what] = tensors[key]
-            learner.load_state_dict({"state": state} | rest[name])
-        elif name in rest:
-            learner.load_state_dict(rest[name])
+        for name, learner in learners.items():
+            if isinstance(learner, torch.optim.Optimizer):
+                state = {}
+                for key in (key for key in tensors if key.startswith(f"{name}/")):
+                    _, i, what = key.split("/")
+                    state.setdefault(int(i), {})[what] = tensors[key]
+                learner.load_state_dict({"state": state} | rest[name])
+            elif name in rest:
+                learner.load_state_dict(rest[name])
+    except (ValueError, KeyError, RuntimeError, dcp.api.CheckpointException) as error:
+        wrong = cause(error)
+        if not isinstance(wrong, (ValueError, KeyError)) and "Missing key" not in str(wrong):
+            raise wrong from None
+        said = f"the checkpoint {directory} does not fit ({first_line(wrong)})"
+        raise BadInput(f"{said}: is --model still the model that the run began with?") from None
 
 
 def checksum(path):
@@ -241,14 +244,17 @@ def keep_bad_batch(run_dir, step, number, batch, metrics, in_a_row, limit):
 def export(model, tokenizer, directory):
     """Saves a model and its tokenizer as an ordinary Hugging Face directory, written beside and renamed. Rank 0 does."""
     directory, model = Path(directory), distributed.unsharded(model)
-    beside = directory.with_name(directory.name + ".tmp")
+    beside, before = (directory.with_name(directory.name + end) for end in (".tmp", ".old.tmp"))
     with distributed.rank_0_first():  # the others may read it afterwards
         if not distributed.rank():
             shutil.rmtree(beside, ignore_errors=True)
             try:
                 model.save_pretrained(beside)
                 tokenizer.save_pretrained(beside)
-                shutil.rmtree(directory, ignore_errors=True)
+                if directory.exists():
+                    shutil.rmtree(before, ignore_errors=True)
+                    directory.replace(before)
                 beside.replace(directory)
+                shutil.rmtree(before, ignore_errors=True)
             finally:
                 shutil.rmtree(beside, ignore_errors=True)

@@ -60,8 +60,10 @@ def start(minutes):
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=minutes))
     control = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))  # for what must be said while a GPU hangs
     STATE.update(world=dist.get_world_size(), rank=dist.get_rank(), control=control, timeout=timedelta(minutes=minutes))
-    threading.Thread(target=beat, daemon=True).start()
-    atexit.register(ended)
+    stop = threading.Event()
+    thread = threading.Thread(target=beat, args=(stop,), daemon=True)
+    thread.start()
+    atexit.register(lambda: (stop.set(), thread.join(5.0), ended()))  # a thread that is inside the store when Python ends aborts it
     if rank():
         sys.stdout = open(os.devnull, "w")
         bar = tqdm.__init__
@@ -103,15 +105,16 @@ def from_rank_0(value):
 
 
 def on_rank_0(function):
-    """What function() returns on rank 0, and None on the others, which wait for it. Raises: on all, a ValueError of rank 0's."""
+    """What function() returns on rank 0, and None on the others, which wait for it. Raises: on all, what it raises."""
     value, wrong = None, None
     if not rank():
         try:
             value = function()
-        except ValueError as error:
+        except Exception as error:
             wrong = error
-    if wrong := from_rank_0(wrong):
-        raise wrong
+    there = from_rank_0(wrong if isinstance(wrong, ValueError) or wrong is None else RuntimeError(f"on rank 0: {wrong}"))
+    if wrong or there:
+        raise wrong or there
     return value
 
 
@@ -124,20 +127,20 @@ def meet(where):
             raise RuntimeError(f"{where}: {str(error).strip().splitlines()[0]}") from None
 
 
-def beat():
-    """Tells the others for ever that this process lives, and the user when the next one does not: NCCL waits without naming it."""
+def beat(stop):
+    """Until the event: tells the others that this process lives, and the user when the next one does not: NCCL waits without naming it."""
     store, other = dist.distributed_c10d._get_default_store().clone(), (rank() + 1) % world()
     heard, since = 0, time.time()
     try:
-        while True:
+        while not stop.is_set():
             store.add(f"beats/{rank()}", 1)
             now = store.add(f"beats/{other}", 0)
             if now != heard:
                 heard, since = now, time.time()
-            elif time.time() - since > GRACE and not store.check([f"ended/{other}"]):
+            elif time.time() - since > 2 * GRACE and not store.check([f"ended/{other}"]):
                 print(f"warning on rank {rank()}: nothing is heard of rank {other}: it is dead or hangs", file=sys.stderr, flush=True)
                 since = float("inf")  # said once
-            time.sleep(GRACE / 5)
+            stop.wait(GRACE / 5)
     except RuntimeError:  # the store is gone, and with it the run
         return
 
@@ -159,8 +162,8 @@ def silent_ranks():
 
 def rank_0_says(line):
     """Whether rank 0 ends with the same last words, so that this rank need not say them too."""
-    if world() == 1:  # before `start`, the flags are at fault, and all ranks have the same
-        return "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0"
+    if world() == 1:  # before `start`, the flags are at fault, and all ranks of a machine have the same
+        return "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] != "0"
     store = dist.distributed_c10d._get_default_store()
     if not rank():
         store.set("last words", line)
@@ -287,10 +290,10 @@ def shard(network, device, bfloat16=False, cpu_offload=False, head=None):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
     network.to_empty(device="cpu" if cpu_offload else device).tie_weights()
-    for name, buffer in buffers.items():
+    set_model_state_dict(network, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    for name, buffer in buffers.items():  # also those that no state dict has
         owner, _, key = name.rpartition(".")
         setattr(network.get_submodule(owner), key, buffer.to(device))
-    set_model_state_dict(network, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     network.computes_on = device
     network.call_gathered = MethodType(lambda self, function, *args, **kwargs: function(self, *args, **kwargs), network)
     register_fsdp_forward_method(network, "call_gathered")

@@ -84,7 +84,9 @@ def sample(
     eos_N = torch.tensor(eos_ids(policy, tokenizer), device=device)
     pick = partial(draw, temperature=temperature, top_p=top_p)
     bar = tqdm(total=len(own) * samples, desc=progress, unit="answer", disable=progress is None, leave=False)
-    if engine == "slots":
+    if not own:  # fewer problems than ranks
+        columns = nothing(max_tokens, device, engine)
+    elif engine == "slots":
         columns = sample_in_slots(policy, own, samples, max_tokens, pick, generator, eos_N, sample_rows, bar)
     elif engine == "vllm":
         columns = policy.answers(own, samples, max_tokens, temperature, top_p, generator, eos_N, bar)
@@ -110,6 +112,13 @@ def sample(
             part = table.take(rows, index)
             logp_BT[index, : int(part["length_B"].max())] = policy_logprobs(policy, part, temperature or 1.0)[0]
     return rows | {"sampled_logp_BT": logp_BT[:, :longest] * table.response_mask(rows)}
+
+
+def nothing(max_tokens, device, engine):
+    """What an engine returns for no prompts."""
+    token_BT = torch.zeros(0, max_tokens, dtype=torch.long, device=device)
+    logp_BT = None if engine == "hf" else token_BT.float()
+    return token_BT, logp_BT, token_BT[:, 0], token_BT[:, 0].bool()
 
 
 def left_padded(prompts, device):
@@ -278,11 +287,14 @@ def verifier_of(settings):
 def judge(rows, tokenizer, problems, verify=verify, reward_correct=1.0, reward_wrong=0.0):
     """Adds correct_B, the verifier's verdict, and reward_B, what is optimised; returns the rows. A truncated answer is
     terminal, and wrong: its last words may be half of a number."""
-    answers = [problems[i]["answer"] for i in rows["problem_B"].tolist()]
-    said = zip(table.texts(rows, tokenizer), answers, rows["stop_B"].tolist())
-    mine = distributed.share(range(len(answers)))
-    verdicts = [i in mine and whole and verify(text, answer) for i, (text, answer, whole) in enumerate(said)]
-    rows["correct_B"] = distributed.add_up(torch.tensor(verdicts, device=rows["length_B"].device).int()).bool()
+    right_B = torch.zeros_like(rows["stop_B"], dtype=torch.int)
+    mine = distributed.share(torch.arange(len(right_B), device=right_B.device))
+    if len(mine):
+        own = table.take(rows, mine)
+        said = zip(table.texts(own, tokenizer), own["problem_B"].tolist(), own["stop_B"].tolist())
+        verdicts = [whole and verify(text, problems[i]["answer"]) for text, i, whole in said]
+        right_B[mine] = torch.tensor(verdicts, dtype=torch.int, device=right_B.device)
+    rows["correct_B"] = distributed.add_up(right_B).bool()
     rows["reward_B"] = torch.where(rows["correct_B"], reward_correct, reward_wrong)
     return rows
 

@@ -19,6 +19,7 @@ import gc
 import hashlib
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -93,9 +94,12 @@ class Settings(RunSettings):
 
 
 def mathematics(argv):
-    """The flags but for those that change only memory and patience."""
-    other = ("micro_batch_tokens", "gradient_checkpointing", "cpu_offload", "rank_timeout", "tensor_parallel", "vllm_memory")
-    return [flag for flag in argv if not flag.startswith(tuple(f"--{name}=" for name in other))]
+    """{flag: value}, but for those that change only memory and patience; its own files by their way from --out, which may have moved."""
+    other = ("out", "micro_batch_tokens", "gradient_checkpointing", "cpu_offload", "rank_timeout", "tensor_parallel", "vllm_memory")
+    flags = dict(flag.removeprefix("--").split("=", 1) for flag in argv)
+    for name in ("init", "reuse_answers"):
+        flags[name] = flags[name] and os.path.relpath(flags[name], flags["out"])
+    return {name: value for name, value in flags.items() if name not in other}
 
 
 def fingerprint(policy, problems):
@@ -274,9 +278,8 @@ def fit(settings, out, critic, rows, held_out_rows, score, log, state):
 
 def stopped(out, step=0):
     """The exception that says how to go on."""
-    return Stopped(
-        f"step {step} of value pretraining is saved in {out}: the same command with --out {out}, or --resume of the run, goes on"
-    )
+    done = f"step {step} of it is saved" if (out / "answers.pt").exists() else "nothing of it is done yet"
+    return Stopped(f"value pretraining in {out}: {done}; the same command with --out {out}, or --resume of the run, goes on")
 
 
 def report(log, step, numbers):

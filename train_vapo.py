@@ -18,6 +18,7 @@ PPO with seven changes, each with a flag, and each in its place here or in ppo.p
 7. group sampling        few prompts, many samples each; off: as many prompts, one sample     --no_group_sampling
 """
 
+import gc
 import json
 import math
 import sys
@@ -241,6 +242,11 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
         rest |= {f"{name}_generator": source.get_state() for name, source in generators.items()}
         checkpoint.save(run_dir, step, learners, rest, settings.keep)
 
+    def stop_if_asked(step):
+        if stopping():
+            raise Stopped(f"rollout {step} of {settings.steps} is saved: python train_vapo.py --resume {run_dir} goes on")
+
+    stop_if_asked(state[1]["step"] if state else 0)
     if state is None:
         first, sampled, bad_steps, (before, numbers) = 0, 0, 0, tested(0)
         after = before
@@ -254,6 +260,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
             source.set_state(rest[f"{name}_generator"])
         order["queue"], first, sampled, bad_steps = rest["queue"], rest["step"], rest["sampled"], rest["bad_steps"]
         before, after = rest["before"], rest["after"]
+    stop_if_asked(first)
 
     bar = tqdm(range(first + 1, settings.steps + 1), initial=first, total=settings.steps, desc=settings.preset, unit="rollout")
     for step in bar:
@@ -322,6 +329,7 @@ def starting_critic(settings, run_dir, policy):
             shared = {f.name: getattr(settings, f.name) for f in fields(RunSettings)}
             own |= {n.removeprefix("pretrain_"): v for n, v in asdict(settings).items() if n.startswith("pretrain_")}
             train_value.pretrain(train_value.Settings(**shared, **own, out=str(out)), policy)
+            gc.collect()  # its critic: where that is shared out, its own hooks hold it
         return str(out / "critic")
 
     if settings.critic:
@@ -381,8 +389,6 @@ def main(argv=None):
     *data, test_problems = [problem_files.prompted_problems(path, tokenizer, settings) for path in files]
     if data and (twice := problem_files.repeated(test_problems, data[0])):
         print(f"warning: {twice} of the {len(test_problems)} test problems are training problems too")
-    processes = distributed.world()
-    require(len(test_problems) >= processes, f"{len(test_problems)} test problems for {processes} processes: each needs one at least")
     length = settings.prompt_length + settings.response_length
     for path in {settings.critic, settings.reward_model} - {"", "fit"}:  # before any long work
         model.require_critic(path, tokenizer, length, settings.trust_remote_code)

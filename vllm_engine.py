@@ -13,7 +13,10 @@ what that imports; VLLM_CPU_KVCACHE_SPACE is its cache there, in GiB.
 """
 
 import os
+import random
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 import distributed
@@ -39,10 +42,25 @@ def engine(settings, policy):
     return ENGINES[key]
 
 
+@contextmanager
+def random_numbers_of_its_own(device, seed=None):
+    """vLLM draws from the process's generators, torch's or, with its newer kernels, numpy's, and seeds them; they come back as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if seed is not None:
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
+
+
 class Engine:
     """vLLM with a policy's weights; `rollout.sample` calls `answers`."""
 
     def __init__(self, settings, policy):
+        if any(parameter.dim() > 2 for parameter in policy.parameters()):
+            raise BadInput(f"--engine vllm: {settings.model} mixes experts, whose weights vLLM takes wrongly after an update: leave it out")
         # Before the import: its worker in this process, so that weights are handed over as they are; errors only; no pinned threads.
         for name, value in (
             ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), ("VLLM_LOGGING_LEVEL", "ERROR"), ("VLLM_CPU_KVCACHE_SPACE", "2"),
@@ -56,7 +74,7 @@ class Engine:
         self.params = vllm.SamplingParams
         ranks = {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": settings.tensor_parallel}
         try:
-            with torch.random.fork_rng():  # vLLM seeds torch's own generator
+            with random_numbers_of_its_own(self.device):
                 self.llm = vllm.LLM(
                     settings.model, dtype=str(policy.arithmetic).removeprefix("torch."), seed=settings.seed, max_num_seqs=settings.sample_rows,
                     max_model_len=settings.prompt_length + settings.response_length, gpu_memory_utilization=settings.vllm_memory,
@@ -69,8 +87,10 @@ class Engine:
 
     def refresh(self, policy):
         """Hands over the policy's weights, and throws away the prompts read with others."""
-        kind = policy.arithmetic
-        weights = ((name, distributed.whole(parameter.detach().to(kind))) for name, parameter in policy.named_parameters())
+        kind, kept = policy.arithmetic, policy.state_dict()
+        weights = [(name, parameter.detach().to(kind)) for name, parameter in policy.named_parameters()]
+        weights += [(name, buffer) for name, buffer in policy.named_buffers() if name in kept]
+        weights = ((name, distributed.whole(tensor)) for name, tensor in weights)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: the next answers would be read from the weights before")
@@ -84,8 +104,7 @@ class Engine:
             n=samples, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=0, stop_token_ids=eos_N.tolist(),
             logprobs=0, flat_logprobs=True, detokenize=False,
         )  # fmt: skip
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator, device=self.device)))
+        with random_numbers_of_its_own(self.device, int(torch.randint(2**62, (1,), generator=generator, device=self.device))):
             asked = [{"prompt_token_ids": prompt} for prompt in prompts]
             outputs = self.llm.generate(asked, params, use_tqdm=not bar.disable)  # with a bar of its own
         answers = [answer for output in outputs for answer in sorted(output.outputs, key=lambda answer: answer.index)]
@@ -101,7 +120,7 @@ class Engine:
         for token_T, logp_T, answer in zip(token_BT, logp_BT, answers):
             token_T[: len(answer.token_ids)] = torch.tensor(answer.token_ids)
             logp_T[: len(answer.token_ids)] = torch.tensor(answer.logprobs.logprobs)
-        length_B = torch.tensor([len(answer.token_ids) for answer in answers])
-        stop_B = torch.tensor([answer.finish_reason == "stop" for answer in answers])
+        length_B = torch.tensor([len(answer.token_ids) for answer in answers], dtype=torch.long)
+        stop_B = torch.tensor([answer.finish_reason == "stop" for answer in answers], dtype=torch.bool)
         bar.update(len(answers))
         return tuple(column.to(self.device) for column in (token_BT, logp_BT, length_B, stop_B))

@@ -1,7 +1,7 @@
 """What test_faults.py starts: a process that has imported everything, and forks one that runs a script for each line it reads.
 
 A line is JSON: script, argv, log (a file), and what is to happen to it: `after` seconds, or `at` the n-th call of a function
-([module, function, n]), `what`: kill (SIGKILL), term (SIGTERM), twice (Ctrl-C two times) or full (no file may grow any more, as on a
+([module, function, n]), `what`: kill (SIGKILL), term (SIGTERM), int (Ctrl-C), twice (Ctrl-C two times) or full (no file may grow any more, as on a
 full disk).
 The answer is a line too: the exit status (negative: the signal that ended it) and the seconds it took.
 """
@@ -35,7 +35,7 @@ def strike(what):
         run.STOP[1] -= 10
         os.kill(os.getpid(), signal.SIGINT)
     else:
-        os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[what])
+        os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}[what])
 
 
 def strike_at(module, name, number, what):

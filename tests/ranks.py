@@ -2,10 +2,11 @@
 
     torchrun --nproc_per_node 2 tests/ranks.py DIRECTORY
 
-DIRECTORY holds task.pt (model, rows, settings, micro_batch_tokens); rank 0 writes result-N.pt.
+DIRECTORY holds tasks.pt (a list of model, rows, settings); rank 0 writes result-N.pt.
 """
 
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,3 +57,5 @@ if __name__ == "__main__":
     answer = [result(task) for task in torch.load(directory / "tasks.pt")]
     if not distributed.rank():
         torch.save(answer, directory / f"result-{distributed.world()}.pt")
+    distributed.GRACE = 0.001  # a heart that beats without a pause must not be in the way of a good end
+    time.sleep(2.5)

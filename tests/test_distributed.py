@@ -163,7 +163,9 @@ def test_processes_that_would_share_a_gpu_are_refused(monkeypatch):
 
 
 def test_dynamic_sampling_draws_the_same_groups_for_all(world, tmp_path):
-    flags = ["--preset=dapo", "--generations=50", "--steps=2", f"--out={tmp_path}/run"]
+    one = (world / "test.jsonl").read_text().splitlines()[0]
+    (tmp_path / "one.jsonl").write_text(one + "\n")  # fewer test problems than processes
+    flags = ["--preset=dapo", "--generations=50", "--steps=2", f"--test={tmp_path}/one.jsonl", f"--out={tmp_path}/run"]
     done = torchrun(2, ROOT / "train_vapo.py", f"@{world}/train_vapo.args", *FLAGS, *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = metrics_of(tmp_path / "run")[1:]
@@ -185,7 +187,7 @@ def test_torchrun_that_is_told_to_stop_saves_the_run(world, tmp_path):
 
 
 @LINUX
-@pytest.mark.parametrize("how, minutes", [(signal.SIGKILL, 0.2), (signal.SIGSTOP, 0.4)])
+@pytest.mark.parametrize("how, minutes", [(signal.SIGKILL, 0.2), (signal.SIGSTOP, 0.6)])
 def test_a_rank_that_dies_or_hangs_is_named_and_the_others_end(world, tmp_path, how, minutes):
     command = [sys.executable, "train_vapo.py", f"@{world}/train_vapo.args", *FLAGS, "--steps=100000", "--save_every=0", "--eval_every=0",
                f"--rank_timeout={minutes}", f"--out={tmp_path}/run"]  # fmt: skip

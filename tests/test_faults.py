@@ -99,13 +99,16 @@ def test_a_run_killed_in_the_middle_of_anything_ends_as_if_it_had_not_been(world
 
 
 @pytest.mark.parametrize(
-    "at", [("ppo", "backward", 5), ("train_value", "objective_columns", 5), ("rollout", "sample", 1), ("rollout", "sample", 3)]
-)
-def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(world, forks, undisturbed, tmp_path, at):
+    "at", [("model", "ready", 1), ("rollout", "sample", 1), ("train_value", "objective_columns", 5), ("model", "ready", 3),
+           ("rollout", "sample", 3), ("ppo", "backward", 5)]
+)  # fmt: skip
+@pytest.mark.parametrize("what, number", [("term", 15), ("int", 2)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(world, forks, undisturbed, tmp_path, at, what, number):
     out, log = tmp_path / "run", tmp_path / "log"
-    assert forks(flags_of(world, out), log, at=at, what="term")["status"] == 128 + 15
-    assert "stopped by SIGTERM: " in log.read_text() and "--resume" in log.read_text()
+    assert forks(flags_of(world, out), log, at=at, what=what)["status"] == 128 + number
+    assert f"stopped by SIG{what.upper()}: " in log.read_text() and "--resume" in log.read_text()
     steps = len(metrics_of(out)) if (out / "metrics.jsonl").exists() else 0
+    assert at[0] != "model" or steps == 0  # neither an evaluation nor a rollout is begun
     ended = forks([f"--resume={out}"], log, at=("ppo", "backward", 1), what="kill")  # what it saved is enough: it repeats no step
     assert ended["status"] == -9 and (steps == 0 or len(metrics_of(out)) == steps)
     assert go_on(world, forks, out, log) == undisturbed[0]
@@ -135,11 +138,15 @@ def test_a_full_disk_elsewhere_is_one_line_and_leaves_nothing_half_written(world
     assert go_on(world, forks, out, log) == undisturbed[0]
 
 
-def test_another_model_in_place_of_the_runs_own_is_refused(world, tmp_path, capsys):
+@pytest.mark.parametrize("other, last", [({"hidden_size": 64}, 1), ({"num_hidden_layers": 1}, 1), ({"num_hidden_layers": 1}, 0)])
+def test_another_model_in_place_of_the_runs_own_is_refused(world, tmp_path, capsys, other, last):
     base = shutil.copytree(world / "base", tmp_path / "base")
-    vapo_run(world, tmp_path / "run", "--steps=1", "--no_value_pretraining", f"--model={base}")
-    config = AutoConfig.from_pretrained(base, hidden_size=64)
+    config = AutoConfig.from_pretrained(base, num_hidden_layers=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    vapo_run(world, tmp_path / "run", "--steps=1", "--no_value_pretraining", f"--model={base}")
+    if last == 0:  # where the optimisers have no moments yet
+        shutil.rmtree(tmp_path / "run" / "checkpoint" / "step-000001")
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, **other)).save_pretrained(base)
     fails_with(capsys, train_vapo.main, [f"--resume={tmp_path}/run", "--steps=2"], "does not fit", "is --model still the model")
 
 

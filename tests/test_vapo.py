@@ -309,7 +309,7 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(world, tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(train_vapo, "train", stopped)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit):
             vapo_run(world, tmp_path, "--steps=1")
     pretrained = (tmp_path / "value" / "critic" / "model.safetensors").stat().st_mtime_ns
     train_vapo.main([f"--resume={tmp_path}"])
