@@ -79,6 +79,8 @@ PRESETS = {
 }  # fmt: skip
 
 
+LARGE_GAP = 0.2  # nats a token between the sampler's log-probs and the training's; rounding to bfloat16 made 0.04 of SmolLM2's
+
 # What --resume may change: nothing of the mathematics.
 MAY_CHANGE = ("resume", "steps", "eval_every", "save_every", "keep", "generations", "max_bad_steps", "micro_batch_tokens",
               "gradient_checkpointing", "cpu_offload", "rank_timeout", "tensor_parallel", "vllm_memory")  # fmt: skip
@@ -295,6 +297,10 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems,
 
         sampled += drawn["answers"]
         numbers = table.rollout_metrics(rows) | drawn | {"answers": sampled}
+        if numbers["sampler_gap"] > LARGE_GAP:
+            tqdm.write(
+                f"warning: rollout {step} was sampled from another distribution than is trained: sampler_gap {numbers['sampler_gap']:.2f}"
+            )
         if critic and settings.world:  # the truth is known there
             numbers |= truth.score_critic(settings.world, problems, tokenizer, rows, rows["old_value_BT"])
         good = [update for update in updates if not update["bad_steps"]] or updates

@@ -303,6 +303,18 @@ def test_another_model_and_other_problems_take_the_same_path(tokenizer, tmp_path
     assert critic.config.num_labels == 1 and critic.config.classifier_dropout == 0
 
 
+def test_a_sampler_that_is_not_the_policy_is_reported(world, tmp_path, monkeypatch, capsys):
+    sample = rollout.sample
+
+    def another(*args, **options):
+        rows = sample(*args, **options)
+        return rows | {"sampled_logp_BT": rows["sampled_logp_BT"] * 3}
+
+    monkeypatch.setattr(rollout, "sample", another)
+    vapo_run(world, tmp_path, "--steps=1", "--no_value_pretraining")
+    assert "warning: rollout 1 was sampled from another distribution than is trained: sampler_gap" in capsys.readouterr().out
+
+
 def test_a_run_stopped_before_its_first_checkpoint_starts_again(world, tmp_path, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
