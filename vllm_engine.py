@@ -15,6 +15,7 @@ what that imports; VLLM_CPU_KVCACHE_SPACE is its cache there, in GiB.
 import os
 import random
 from contextlib import contextmanager
+from itertools import chain
 
 import numpy as np
 import torch
@@ -60,7 +61,8 @@ class Engine:
 
     def __init__(self, settings, policy):
         if any(parameter.dim() > 2 for parameter in policy.parameters()):
-            raise BadInput(f"--engine vllm: {settings.model} mixes experts, whose weights vLLM takes wrongly after an update: leave it out")
+            said = "has weights of three dimensions (experts), which vLLM takes wrongly after an update"
+            raise BadInput(f"--engine vllm: {settings.model} {said}: leave --engine out")
         # Before the import: its worker in this process, so that weights are handed over as they are; errors only; no pinned threads.
         for name, value in (
             ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), ("VLLM_LOGGING_LEVEL", "ERROR"), ("VLLM_CPU_KVCACHE_SPACE", "2"),
@@ -88,10 +90,9 @@ class Engine:
     def refresh(self, policy):
         """Hands over the policy's weights, and throws away the prompts read with others."""
         kind, kept = policy.arithmetic, policy.state_dict()
-        weights = [(name, parameter.detach().to(kind)) for name, parameter in policy.named_parameters()]
-        weights += [(name, buffer) for name, buffer in policy.named_buffers() if name in kept]
-        weights = ((name, distributed.whole(tensor)) for name, tensor in weights)
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        weights = ((name, distributed.whole(parameter.detach().to(kind))) for name, parameter in policy.named_parameters())
+        buffers = ((name, buffer) for name, buffer in policy.named_buffers() if name in kept)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": chain(weights, buffers)})
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: the next answers would be read from the weights before")
 
