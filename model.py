@@ -323,7 +323,8 @@ def critic_values(critic, rows, shift=0):
     """value_BT: V of the state before each response token, float32 (`shift=1`: after it, where a reward model scores)."""
     with autocast(critic):
         hidden_BTD = response_hidden(critic.base_model, rows, shift)
-    return value_head(critic)(hidden_BTD.float())[..., 0].clone()  # no view: FSDP hangs its hooks on what is returned
+    value_N1 = value_head(critic)(hidden_BTD.float().flatten(0, 1))
+    return value_N1.view(hidden_BTD.shape[:2]).clone()  # no view: FSDP hangs its hooks on what is returned, here and by the head
 
 
 def response_tokens(rows):
