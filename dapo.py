@@ -1,7 +1,8 @@
-"""The critic-free rivals, GRPO and DAPO: group-relative advantage, dynamic sampling, soft overlong punishment.
+"""The critic-free GRPO and DAPO: group advantage, dynamic sampling, soft overlong punishment.
 
-Nothing here needs a critic: an answer is compared with the other answers to its problem (arXiv 2402.03300, 2503.14476).
-The rest of DAPO is VAPO's own: clip-higher and the token-level loss (losses.py), group sampling (rollout.py).
+These are VAPO's rivals. They need no critic: an answer is compared with the other answers to its
+problem (arXiv 2402.03300, 2503.14476). The rest of DAPO is VAPO's own: clip-higher and the
+token-level loss (losses.py), group sampling (rollout.py).
 
 Shapes: P prompts with G samples each, B = P·G rows, the samples of one prompt side by side.
 """
@@ -10,12 +11,13 @@ import torch
 
 
 def group_advantage(reward_B, samples):
-    """One advantage for all tokens of an answer: how much better than its group (arXiv 2402.03300 §4.1; 2503.14476 eq. 9).
+    """How much better an answer is than its group (arXiv 2402.03300 §4.1; 2503.14476 eq. 9).
 
     Â_i = (R_i − mean(R_1 … R_G)) / std(R_1 … R_G),    std² = mean((R − mean)²)
 
     Args: reward_B; samples, G.
-    Returns: adv_B float32; 0 in a group whose rewards are all equal, from which nothing can be learned.
+    Returns: adv_B float32, one for all tokens of an answer; 0 in a group whose rewards are all
+        equal, from which nothing can be learned.
     Raises: AssertionError if the rows are no whole groups.
     """
     assert len(reward_B) % samples == 0, f"{len(reward_B)} rows are no groups of {samples}"
@@ -26,9 +28,9 @@ def group_advantage(reward_B, samples):
 
 
 def mixed_groups(correct_B, samples):
-    """Dynamic sampling keeps the groups with 0 < correct answers < G (arXiv 2503.14476 §3.2, eq. 11).
+    """Dynamic sampling keeps groups with 0 < correct answers < G (arXiv 2503.14476 §3.2, eq. 11).
 
-    By the verifier's verdict, never by a reward: a punished length makes rewards differ where verdicts do not.
+    By the verdict, never by a reward: a punished length makes rewards differ where verdicts do not.
 
     Args: correct_B, bool; samples, G.    Returns: keep_B, bool, the same for all rows of a group.
     """
@@ -43,7 +45,8 @@ def overlong_punishment(length_B, longest, cache):
     ((L_max − L_cache) − |y|) / L_cache  if L_max − L_cache < |y| ≤ L_max
     −1                                  if L_max < |y|
 
-    Args: length_B, response tokens |y|; longest, L_max; cache, L_cache, both in tokens, 0 < L_cache ≤ L_max.
+    Args: length_B, response tokens |y|; longest, L_max; cache, L_cache, both in tokens,
+        0 < L_cache ≤ L_max.
     """
     assert 0 < cache <= longest, "the cache is a part of the longest answer"
     return ((longest - cache - length_B.float()) / cache).clamp(-1.0, 0.0)

@@ -1,57 +1,86 @@
-"""Evaluation: avg@k, pass@k and maj@k on held-out problems, at the evaluation's own temperature and top-p.
+"""Evaluation: avg@k, pass@k and maj@k on held-out problems, and how each of them went.
 
-    python train_vapo.py --eval_only --model DIR --test FILE --samples 32 --eval_top_p 0.7      # as the paper evaluates
+    python evaluate.py --model DIR --test FILE --samples 32 --eval_top_p 0.7   # as the paper does
 
 k answers to each problem, and a greedy one. A problem of n judged answers with c correct ones has
-    avg@n   c/n                                                             one answer's chance
-    pass@k  1 − C(n−c, k) / C(n, k)                                         k answers' chance to hold a correct one, unbiased
-    maj@n   whether the answer that most of them state is correct           (arXiv 2203.11171); of a tie, the one stated first
+    avg@n   c/n                                     one answer's chance
+    pass@k  1 − C(n−c, k) / C(n, k)                 that k answers hold a correct one, unbiased
+    maj@n   whether the answer that most of them state is correct (arXiv 2203.11171); of a tie, the
+            one stated first
 and each is averaged over problems. An answer that states none, or is truncated, has no vote.
 """
 
 import json
+import time
 from collections import Counter
+from dataclasses import dataclass
 from math import comb
-from pathlib import Path
 
-import distributed
-from equality import canonical
-from rollout import judge, sample, sampler_of, verifier_of
-from run import Log, describe, seeded_generator, to_argv, write_json
-from table import describe_samples, texts
+import torch
+
+import model
+import rollout
+import table
+import toy
+from system import distributed, loading
+from system import settings as flags
+from system.equality import canonical
+from system.run import Log, exit_on_bad_input, require, seeded_generator
+from system.settings import ABOVE_0_SHARE, AT_LEAST_1, flag
 from verifier import extract_answer
 
 
-def pass_at_k(correct, samples, k):
-    """1 − C(n−c, k)/C(n, k): the chance that k of n answers, of which c are correct, hold a correct one (arXiv 2107.03374).
+@dataclass(frozen=True)
+class Settings(flags.SamplingSettings):
+    test: str = flag("", "held-out problems: a file or OWNER/NAME:CONFIG@SPLIT (problems.py)")
+    out: str = flag("", "directory for the numbers; empty: runs/eval-DATE-TIME")
+    samples: int = flag(32, "answers to each problem, k", AT_LEAST_1)
+    eval_top_p: float = flag(1.0, "top-p of the sampling (the paper: 0.7)", ABOVE_0_SHARE)
 
-    Unbiased over the draws of n answers, unlike 1 − (1 − c/n)^k. Raises: AssertionError unless 1 ≤ k ≤ n and 0 ≤ c ≤ n.
+    def check(self):
+        super().check()
+        require(bool(self.test), 'give --test FILE: a JSONL of {"problem": ..., "answer": ...}')
+
+
+def pass_at_k(correct, samples, k):
+    """1 − C(n−c, k)/C(n, k): the chance that k of n answers, c of them correct, hold a correct one
+    (arXiv 2107.03374).
+
+    Unbiased over the draws of n answers, unlike 1 − (1 − c/n)^k.
+    Raises: AssertionError unless 1 ≤ k ≤ n and 0 ≤ c ≤ n.
     """
     assert 1 <= k <= samples and 0 <= correct <= samples
     return 1.0 - comb(samples - correct, k) / comb(samples, k)
 
 
 def majority(answers):
-    """The position of the first answer that means what most of them mean, or None. None among the answers has no vote."""
+    """The position of the first answer that means what most of them mean, or None.
+
+    Args: answers, texts, or None where no answer is stated; those do not vote.
+    """
     votes = [None if answer is None else canonical(answer) for answer in answers]
-    counted = Counter(vote for vote in votes if vote is not None)  # the most common first, of equals the first seen
+    counted = Counter(vote for vote in votes if vote is not None)
+    # The most common first; of equals, the first seen.
     return votes.index(counted.most_common(1)[0][0]) if counted else None
 
 
-def evaluate(policy, tokenizer, problems, samples, settings, verify, progress=None):
-    """`samples` answers to each problem at --eval_temperature and --eval_top_p, and a greedy one.
+def evaluate(policy, tokenizer, problems, samples, settings, verify, temperature, progress=None):
+    """`samples` answers to each problem at a temperature and --eval_top_p, and a greedy one.
 
-    Returns: (metrics, rows, results): accuracy (avg@samples), pass_at_k and majority (k = samples), greedy_accuracy, length
-        (mean response tokens), truncated (share cut at the limit); the judged rows; a dict for each problem, to look at.
+    Returns: (metrics, rows, results): accuracy (avg@samples), pass_at_k and majority (k = samples),
+        greedy_accuracy, length (mean response tokens), truncated (share cut at the limit); the
+        judged rows; a dict for each problem, to look at.
     """
     source = seeded_generator(settings.seed, "evaluation", policy.device)
-    common = {"max_tokens": settings.response_length, "generator": source, "sample_rows": settings.sample_rows, "engine": settings.engine}
-    rows = sample(
-        policy, tokenizer, problems, samples, temperature=settings.eval_temperature, top_p=settings.eval_top_p, progress=progress, **common
-    )
-    greedy = sample(policy, tokenizer, problems, 1, temperature=0.0, progress=progress and progress + " (greedy)", **common)
-    judge(rows, tokenizer, problems, verify)
-    judge(greedy, tokenizer, problems, verify)
+    how = {"max_tokens": settings.response_length, "generator": source, "engine": settings.engine,
+           "sample_rows": settings.sample_rows}  # fmt: skip
+    asked = (policy, tokenizer, problems)
+    top_p = {"top_p": settings.eval_top_p}
+    rows = rollout.sample(*asked, samples, temperature=temperature, progress=progress, **top_p, **how)
+    label = progress and progress + " (greedy)"
+    greedy = rollout.sample(*asked, 1, temperature=0.0, progress=label, **how)
+    rollout.judge(rows, tokenizer, problems, verify)
+    rollout.judge(greedy, tokenizer, problems, verify)
     results = problem_results(rows, tokenizer, problems, samples, settings.bare_number)
     for result, correct in zip(results, greedy["correct_B"].tolist()):
         result["greedy_correct"] = correct
@@ -66,51 +95,66 @@ def evaluate(policy, tokenizer, problems, samples, settings, verify, progress=No
 
 
 def problem_results(rows, tokenizer, problems, samples, bare_number=False):
-    """For each problem: how many answers are correct, what each states and how long it is, and the majority's answer."""
-    stated = [extract_answer(text, bare_number) if whole else None for text, whole in zip(texts(rows, tokenizer), rows["stop_B"].tolist())]
-    correct, lengths, stops = rows["correct_B"].tolist(), rows["length_B"].tolist(), rows["stop_B"].tolist()
+    """For each problem: how many answers are correct, what each states and how long it is, and the
+    majority's answer."""
+    texts, stops = table.texts(rows, tokenizer), rows["stop_B"].tolist()
+    correct, lengths = rows["correct_B"].tolist(), rows["length_B"].tolist()
+    stated = [extract_answer(t, bare_number) if ended else None for t, ended in zip(texts, stops)]
     results = []
     for i, problem in enumerate(problems):
         own = slice(i * samples, (i + 1) * samples)
         chosen = majority(stated[own])
         results.append({
-            "problem": problem["problem"], "answer": problem["answer"], "samples": samples, "correct": sum(correct[own]),
-            "majority": None if chosen is None else stated[own][chosen], "majority_correct": chosen is not None and correct[own][chosen],
-            "length": mean(lengths[own]), "truncated": 1.0 - mean(stops[own]), "stated": stated[own], "verdicts": correct[own],
+            "problem": problem["problem"], "answer": problem["answer"], "samples": samples,
+            "correct": sum(correct[own]),
+            "majority": None if chosen is None else stated[own][chosen],
+            "majority_correct": chosen is not None and correct[own][chosen],
+            "length": mean(lengths[own]), "truncated": 1.0 - mean(stops[own]),
+            "stated": stated[own], "verdicts": correct[own],
         })  # fmt: skip
     return results
 
 
-def evaluate_only(settings, run_dir, policy, tokenizer, problems):
-    """--eval_only: the table with pass@k for k = 1, 2, 4 … --samples on the screen, the numbers in metrics.jsonl, each problem's
-    in results.jsonl, a few answers in samples.jsonl. Returns: the metrics of `evaluate`, and run_dir."""
-    samples, run_dir, sampler = settings.samples, Path(run_dir), sampler_of(policy, settings)
-    metrics, rows, results = evaluate(sampler, tokenizer, problems, samples, settings, verifier_of(settings), progress="evaluation")
-    write_json(run_dir / "config.json", {"settings": to_argv(settings), "on": describe(sampler.device)})
-    log = Log(run_dir)
-    log.metrics(0, {f"test_{name}": value for name, value in metrics.items()})
-    log.samples(0, describe_samples(None, tokenizer, problems, rows, samples))
-    log.close()
-    if not distributed.rank():
-        (run_dir / "results.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
+@torch.no_grad()
+def describe_samples(critic, tokenizer, problems, rows, samples):
+    """The first two answers to the first four problems, with the verdict and, of a critic, V at
+    every token."""
+    answers = range(min(4 * samples, len(rows["length_B"])))
+    index = [i for i in answers if i % samples < 2]
+    part = table.take(rows, torch.tensor(index, device=rows["length_B"].device))
+    value_BT = model.critic_values(critic, part) if critic else torch.zeros(len(index), 0)
+    described = []
+    for i, text in enumerate(table.texts(part, tokenizer)):
+        problem, length = problems[int(part["problem_B"][i])], int(part["length_B"][i])
+        described.append({
+            "problem": problem["problem"], "answer": problem["answer"], "response": text,
+            "correct": bool(part["correct_B"][i]),
+            "finish": "stop" if part["stop_B"][i] else "length",
+            "values": [round(value, 4) for value in value_BT[i, :length].tolist()],
+        })  # fmt: skip
+    return described
 
-    lines = [(f"avg@{samples} at T = {settings.eval_temperature:g}, top-p = {settings.eval_top_p:g}", metrics["accuracy"])]
-    for k in sorted({2**i for i in range(1, samples.bit_length())} | {samples} - {1}):
-        lines.append((f"pass@{k}", mean(pass_at_k(result["correct"], samples, k) for result in results)))
-    lines += [(f"maj@{samples}", metrics["majority"]), ("greedy accuracy", metrics["greedy_accuracy"])]
-    lines += [("mean response length (tokens)", metrics["length"]), ("share of truncated answers", metrics["truncated"])]
-    print(f"\n{len(results)} problems")
-    for title, value in lines:
-        print(f"{title:36s} {value:8.3f}")
-    print(f"\nrun directory: {run_dir}   (each problem: results.jsonl)")
-    return metrics | {"run_dir": str(run_dir)}
+
+def evaluate_in_run(step, sampler, critic, tokenizer, problems, settings, verify, log):
+    """An evaluation at T = 1 during training, with a few answers for samples.jsonl.
+
+    Returns: (metrics, the same for the log, each as test_NAME, and seconds_eval).
+    """
+    started, samples = time.time(), settings.eval_samples
+    with loading.on_device(sampler, settings):
+        how = (settings, verify, 1.0, f"evaluation {step}")
+        metrics, rows, _ = evaluate(sampler, tokenizer, problems, samples, *how)
+    log.samples(step, describe_samples(critic, tokenizer, problems, rows, samples))
+    numbers = {f"test_{name}": value for name, value in metrics.items()}
+    return metrics, numbers | {"seconds_eval": time.time() - started}
 
 
 def print_before_and_after(before, after, problems, settings):
     """A run's closing table."""
     names = {
-        "accuracy": f"accuracy, avg@{settings.eval_samples} at T = {settings.eval_temperature:g}", "greedy_accuracy": "greedy accuracy",
-        "length": "mean response length (tokens)", "truncated": "share of truncated answers",
+        "accuracy": f"accuracy, avg@{settings.eval_samples} at T = 1",
+        "greedy_accuracy": "greedy accuracy", "length": "mean response length (tokens)",
+        "truncated": "share of truncated answers",
     }  # fmt: skip
     print(f"\n{f'{problems} test problems':36s} {'before':>8s} {'after':>8s}")
     for name, title in names.items():
@@ -120,3 +164,49 @@ def print_before_and_after(before, after, problems, settings):
 def mean(values):
     values = list(values)
     return sum(values) / len(values)
+
+
+@exit_on_bad_input
+def main(argv=None):
+    """Runs the script: the table with pass@k for k = 1, 2, 4 … --samples on the screen, the numbers
+    in OUT/metrics.jsonl, each problem's in results.jsonl, a few answers in samples.jsonl.
+
+    Returns: the metrics of `evaluate`, and "run_dir".
+    """
+    settings = flags.parse(Settings, argv, __doc__)
+    distributed.start()
+    defaults = toy.defaults("evaluate", settings.model)
+    settings = flags.parse(Settings, argv, __doc__, defaults)
+    settings.check()
+    run_dir, samples = flags.new_run_dir(settings.out, "eval"), settings.samples
+    policy, tokenizer, (problems,) = model.set_up(settings, [settings.test])
+    sampler, verify = loading.sampler_of(policy, settings), rollout.verifier_of(settings)
+    how = (samples, settings, verify, settings.temperature, "evaluation")
+    metrics, rows, results = evaluate(sampler, tokenizer, problems, *how)
+    flags.save_config(run_dir, settings, sampler.device)
+    log = Log(run_dir)
+    log.metrics(0, {f"test_{name}": value for name, value in metrics.items()})
+    log.samples(0, describe_samples(None, tokenizer, problems, rows, samples))
+    log.close()
+    if not distributed.rank():
+        lines = "".join(json.dumps(result) + "\n" for result in results)
+        (run_dir / "results.jsonl").write_text(lines)
+
+    title = f"avg@{samples} at T = {settings.temperature:g}, top-p = {settings.eval_top_p:g}"
+    lines = [(title, metrics["accuracy"])]
+    for k in sorted({2**i for i in range(1, samples.bit_length())} | {samples} - {1}):
+        chances = [pass_at_k(result["correct"], samples, k) for result in results]
+        lines.append((f"pass@{k}", mean(chances)))
+    lines += [(f"maj@{samples}", metrics["majority"])]
+    lines += [("greedy accuracy", metrics["greedy_accuracy"])]
+    lines += [("mean response length (tokens)", metrics["length"])]
+    lines += [("share of truncated answers", metrics["truncated"])]
+    print(f"\n{len(results)} problems")
+    for title, value in lines:
+        print(f"{title:36s} {value:8.3f}")
+    print(f"\nrun directory: {run_dir}   (each problem: results.jsonl)")
+    return metrics | {"run_dir": str(run_dir)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,10 @@
-"""Log-probability and entropy of the taken tokens, without ever holding the logits of all tokens.
+"""Log-probability and entropy of the taken tokens, never holding the logits of all tokens.
 
-A model's last step multiplies hidden states [N, D] by the output matrix [V, D]. For 2,048 tokens and 150,000 words that
-product is 1.2 GB in float32, and autograd keeps several of its size. Here it is made a slice of the vocabulary at a time: the
-log-sum-exp runs along, and the backward pass makes a slice of logits again, turns it into its gradient in place, and
-multiplies it away. The first slices, up to KEEP numbers or the size of the output matrix, are kept instead of made again: the
+A model's last step multiplies hidden states [N, D] by the output matrix [V, D]. For 2,048 tokens
+and 150,000 words that product is 1.2 GB in float32, and autograd keeps several of its size. Here it
+is made a slice of the vocabulary at a time: the log-sum-exp runs along, and the backward pass makes
+a slice of logits again, turns it into its gradient in place, and multiplies it away. The first
+slices, up to KEEP numbers or the size of the output matrix, are kept instead of made again: the
 matrix's gradient takes their place as it grows.
 
 Shapes: B rows, T response tokens, N = B·T tokens, V vocabulary, S words of a slice, D width.
@@ -12,16 +13,18 @@ Shapes: B rows, T response tokens, N = B·T tokens, V vocabulary, S words of a s
 import torch
 
 SLICE = 2**21  # numbers in one slice of logits: 8 MB in float32, which caches and malloc like
-KEEP = 2**26  # numbers that are kept for the backward pass: 256 MB in float32
+KEEP = 2**26  # numbers kept for the backward pass: 256 MB in float32
 
 
 def logits(hidden_ND, weight_SD, bias_S, temperature, scale, softcap):
-    """z = scale · (W h + b),   z ← c tanh(z / c) if the model caps its logits at c,   z ← z / temperature; float32.
+    """The logits of a slice of words, float32; the product takes the dtype of its arguments.
 
-    The product takes the dtype of its arguments.
+    z = scale · (W h + b),   z ← c tanh(z / c) if the model caps at c,   z ← z / temperature
     """
-    logit_SN = weight_SD @ hidden_ND.T if bias_S is None else torch.addmm(bias_S[:, None], weight_SD, hidden_ND.T)
-    logit_SN = logit_SN.float()
+    if bias_S is None:
+        logit_SN = (weight_SD @ hidden_ND.T).float()
+    else:
+        logit_SN = torch.addmm(bias_S[:, None], weight_SD, hidden_ND.T).float()
     if scale != 1.0:
         logit_SN = logit_SN * scale
     if softcap is not None:
@@ -37,40 +40,48 @@ def add_slice(logit_SN, highest_N, sum_N, product_N):
     now_highest_N = torch.maximum(highest_N, logit_SN.amax(dim=0))
     weight_SN = (logit_SN - now_highest_N).exp()
     fade_N = (highest_N - now_highest_N).exp()
-    return now_highest_N, sum_N * fade_N + weight_SN.sum(dim=0), product_N * fade_N + (weight_SN * logit_SN).sum(dim=0)
+    sum_N = sum_N * fade_N + weight_SN.sum(dim=0)
+    product_N = product_N * fade_N + (weight_SN * logit_SN).sum(dim=0)
+    return now_highest_N, sum_N, product_N
 
 
-def slice_gradient(logit_SN, logsumexp_N, entropy_N, pull_logp_N, pull_entropy_N, temperature, scale, softcap):
-    """The gradient of a slice of W h + b, but for the taken token's own part, from those of log π and H.
+def slice_gradient(
+    logit_SN, logsumexp_N, entropy_N, grad_logp_N, grad_entropy_N, temperature, scale, softcap
+):
+    """The gradient of a slice of W h + b from those of log π and H, without the 1[v = a].
 
-    ∂ log π(a|s) / ∂z_v = 1[v = a] − π_v,    ∂H / ∂z_v = −π_v (log π_v + H);    then back through temperature, cap, and scale
+    ∂ log π(a|s) / ∂z_v = 1[v = a] − π_v,    ∂H / ∂z_v = −π_v (log π_v + H);
+    then back through temperature, cap, and scale
     """
     logp_SN = logit_SN - logsumexp_N
-    pull_SN = -pull_logp_N if pull_entropy_N is None else -pull_logp_N - pull_entropy_N * (logp_SN + entropy_N)
-    return logp_SN.exp() * pull_SN * treatment_slope(logit_SN, temperature, scale, softcap)
+    grad_SN = -grad_logp_N
+    if grad_entropy_N is not None:
+        grad_SN = grad_SN - grad_entropy_N * (logp_SN + entropy_N)
+    return logp_SN.exp() * grad_SN * transform_slope(logit_SN, temperature, scale, softcap)
 
 
-def treatment_slope(logit_SN, temperature, scale, softcap):
+def transform_slope(logit_SN, temperature, scale, softcap):
     """∂z / ∂(W h + b), from z."""
     slope = scale / temperature
     return slope if softcap is None else slope * (1 - (logit_SN * temperature / softcap) ** 2)
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """(logp_N, entropy_N) of `token_logprobs`, and their gradients to hidden states, output matrix and bias."""
+    """(logp_N, entropy_N) of `token_logprobs`, with gradients to hidden states, matrix and bias."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, token_N, treatment, kernels, words, keep):
+    def forward(ctx, hidden_ND, weight_VD, bias_V, token_N, transform, kernels, words, keep):
         device, count = hidden_ND.device, len(token_N)
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight_VD.dtype
-        narrow_ND = hidden_ND.to(dtype)
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else weight_VD.dtype
+        cast_ND = hidden_ND.to(dtype)
         highest_N = torch.full((count,), -torch.inf, device=device)
         sum_N, product_N, taken_N = torch.zeros(3, count, device=device)
         kept = []
         for start in range(0, len(weight_VD), words):
             part = slice(start, start + words)
             bias_S = None if bias_V is None else bias_V[part].to(dtype)
-            logit_SN = logits(narrow_ND, weight_VD[part].to(dtype), bias_S, *treatment)
+            logit_SN = logits(cast_ND, weight_VD[part].to(dtype), bias_S, *transform)
             highest_N, sum_N, product_N = kernels[0](logit_SN, highest_N, sum_N, product_N)
             inside_N, index_1N = where_taken(token_N, start, len(logit_SN))
             taken_N = torch.where(inside_N, logit_SN.gather(0, index_1N)[0], taken_N)
@@ -78,37 +89,43 @@ class TokenLogprobs(torch.autograd.Function):
         logsumexp_N = highest_N + sum_N.log()
         entropy_N = logsumexp_N - product_N / sum_N
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, token_N, logsumexp_N, entropy_N)
-        ctx.rest = dtype, treatment, kernels, words, kept
+        ctx.rest = dtype, transform, kernels, words, kept
         ctx.set_materialize_grads(False)  # no gradient of an entropy that is only looked at
         return taken_N - logsumexp_N, entropy_N
 
     @staticmethod
-    def backward(ctx, pull_logp_N, pull_entropy_N):
+    def backward(ctx, grad_logp_N, grad_entropy_N):
         hidden_ND, weight_VD, bias_V, token_N, logsumexp_N, entropy_N = ctx.saved_tensors
-        dtype, treatment, kernels, words, kept = ctx.rest
-        pull_logp_N = torch.zeros_like(logsumexp_N) if pull_logp_N is None else pull_logp_N
-        narrow_ND = hidden_ND.to(dtype)
-        to_hidden_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
-        to_weight_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
-        to_bias_V = torch.empty_like(bias_V) if ctx.needs_input_grad[2] else None
+        dtype, transform, kernels, words, kept = ctx.rest
+        grad_logp_N = torch.zeros_like(logsumexp_N) if grad_logp_N is None else grad_logp_N
+        cast_ND = hidden_ND.to(dtype)
+        grad_hidden_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
+        grad_weight_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
+        grad_bias_V = torch.empty_like(bias_V) if ctx.needs_input_grad[2] else None
         for i, start in enumerate(range(0, len(weight_VD), words)):
             part = slice(start, start + words)
-            weight_SD, bias_S = weight_VD[part].to(dtype), None if bias_V is None else bias_V[part].to(dtype)
-            logit_SN, kept[i] = logits(narrow_ND, weight_SD, bias_S, *treatment) if kept[i] is None else kept[i], None
+            weight_SD = weight_VD[part].to(dtype)
+            logit_SN, kept[i] = kept[i], None
+            if logit_SN is None:
+                bias_S = None if bias_V is None else bias_V[part].to(dtype)
+                logit_SN = logits(cast_ND, weight_SD, bias_S, *transform)
             inside_N, index_1N = where_taken(token_N, start, len(logit_SN))
-            own_1N = treatment_slope(logit_SN.gather(0, index_1N), *treatment) * (pull_logp_N * inside_N)[None]
-            pull_SN = kernels[1](logit_SN, logsumexp_N, entropy_N, pull_logp_N, pull_entropy_N, *treatment)
-            pull_SN = pull_SN.scatter_add_(0, index_1N, own_1N).to(dtype)
-            to_hidden_ND += pull_SN.T @ weight_SD
-            if to_weight_VD is not None:
-                to_weight_VD[part] = pull_SN @ narrow_ND
-            if to_bias_V is not None:
-                to_bias_V[part] = pull_SN.float().sum(dim=1)
-        return to_hidden_ND.to(hidden_ND.dtype), to_weight_VD, to_bias_V, None, None, None, None, None
+            slope_1N = transform_slope(logit_SN.gather(0, index_1N), *transform)
+            taken_1N = slope_1N * (grad_logp_N * inside_N)[None]  # the part of 1[v = a]
+            grads = (grad_logp_N, grad_entropy_N)
+            grad_SN = kernels[1](logit_SN, logsumexp_N, entropy_N, *grads, *transform)
+            grad_SN = grad_SN.scatter_add_(0, index_1N, taken_1N).to(dtype)
+            grad_hidden_ND += grad_SN.T @ weight_SD
+            if grad_weight_VD is not None:
+                grad_weight_VD[part] = grad_SN @ cast_ND
+            if grad_bias_V is not None:
+                grad_bias_V[part] = grad_SN.float().sum(dim=1)
+        grad_hidden_ND = grad_hidden_ND.to(hidden_ND.dtype)
+        return grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None, None, None, None
 
 
 def where_taken(token_N, start, words):
-    """(inside_N, index_1N): whether the slice of words from `start` holds the taken token, and where (0 if not)."""
+    """(inside_N, index_1N): whether the words from `start` hold the taken token, and where."""
     inside_N = (token_N >= start) & (token_N < start + words)
     return inside_N, torch.where(inside_N, token_N - start, 0)[None]
 
@@ -119,16 +136,23 @@ def token_logprobs(
 ):  # fmt: skip
     """log π(a|s) of the taken tokens and the entropy of π(·|s), with the gradient of both.
 
-    π = softmax(z),    log π(a|s) = z_a − logsumexp z,    H = logsumexp z − Σ_v π_v z_v,    z as in `logits`
+    π = softmax(z),    log π(a|s) = z_a − logsumexp z,    H = logsumexp z − Σ_v π_v z_v
 
-    Args: hidden_BTD, the states that predict token_BT; weight_VD and bias_V, the output matrix; temperature, the
-        sampler's; scale and softcap, the model's own treatment of its logits; kernels, `add_slice` and `slice_gradient` or
-        their compiled forms; words, of a slice (default: as many as SLICE allows); keep, logits kept for the backward pass (default: see above).
-    Returns: (logp_BT, entropy_BT), float32, in nats. The product takes the dtype of autocast; the rest is float32.
+    with z as in `logits`.
+
+    Args: hidden_BTD, the states that predict token_BT; weight_VD and bias_V, the output matrix;
+        temperature, the sampler's; scale and softcap, the model's own transform of its logits;
+        kernels, `add_slice` and `slice_gradient` or their compiled forms; words, of a slice
+        (default: as many as SLICE allows); keep, logits kept for the backward pass (see above).
+    Returns: (logp_BT, entropy_BT), float32, in nats. The product takes the dtype of autocast.
     """
     hidden_ND, token_N = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), token_BT.reshape(-1)
     words = min(len(weight_VD), words or max(1, SLICE // max(1, len(token_N))))
-    keep = 0 if not torch.is_grad_enabled() else max(KEEP, weight_VD.numel()) if keep is None else keep
-    treatment = (temperature, scale, softcap)
-    logp_N, entropy_N = TokenLogprobs.apply(hidden_ND, weight_VD, bias_V, token_N, treatment, kernels, words, keep)
+    if not torch.is_grad_enabled():
+        keep = 0
+    elif keep is None:
+        keep = max(KEEP, weight_VD.numel())
+    transform = (temperature, scale, softcap)
+    how = (transform, kernels, words, keep)
+    logp_N, entropy_N = TokenLogprobs.apply(hidden_ND, weight_VD, bias_V, token_N, *how)
     return logp_N.view_as(token_BT), entropy_N.view_as(token_BT)

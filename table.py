@@ -1,34 +1,63 @@
-"""A batch of answers as a table: a dict of columns, "rows", that is cut, shuffled and glued like any other.
+"""What a row is. A batch of answers is a table: a dict of columns, one row an answer, "rows".
 
-    token_BL         prompt + response, padded on the right           problem_B   index into the problems
-    prompt_length_B  tokens of the prompt                             correct_B   the verifier's verdict (bool)
-    length_B         tokens of the response, EOS included             reward_B    what is optimised
-    stop_B           True: ended by EOS; False: cut at the limit      sampled_logp_BT  the sampler's log-probs
+column            what it is                                         written by            over
+token_BL          prompt + response, padded on the right             rollout.sample        rollout
+prompt_length_B   tokens of the prompt                               rollout.sample        rollout
+length_B          tokens of the response, EOS included               rollout.sample        rollout
+stop_B            True: ended by EOS; False: cut at the limit        rollout.sample        rollout
+problem_B         index into the problems                            rollout.sample        rollout
+sampled_logp_BT   log π of the tokens, as the sampler has it         rollout.sample        rollout
+correct_B         the verifier's verdict (bool)                      rollout.judge         rollout
+reward_B          what is optimised, R                               rollout.judge         rollout
+old_logp_BT       log π_old of the tokens, by the training code      train_vapo.score      rollout
+entropy_BT        H(π_old) before each token, nats                   train_vapo.score      rollout
+old_value_BT      V before each token (with a critic)                train_vapo.score      rollout
+importance_BT     min(π_old / π_sampler, C)                          train_vapo.advantages rollout
+adv_BT            advantage Â                                        train_vapo.advantages rollout
+lam_B             λ_policy (with a critic)                           train_vapo.advantages rollout
+target_BT         what V is fitted to (with a critic)                train_vapo.advantages rollout
+policy_weight_BT  weight of a token in the policy loss               train_vapo.weights    mini-batch
+nll_weight_BT     weight of a token in the NLL loss                  train_vapo.weights    mini-batch
+critic_weight_BT  weight of a token in the value loss                train_vapo.weights    mini-batch
 
-No mask is ever derived from a pad id: the lengths say where a row ends. Columns named _BL and _BT are cut to the longest row.
+Anything later in the list may read what stands before it. While a rollout is whole, the samples of
+one prompt stand side by side; `mini_batches` shuffles them. A column of the rollout may be anything
+of the whole rollout; one of the mini-batch may be anything of that; micro-batches only cut, so
+nothing may be computed over one. value pretraining writes target_BT and critic_weight_BT itself.
+
+Columns named _BL and _BT are cut to the longest row; what they hold beyond a row's end is 0 and
+means nothing. No mask is ever derived from a pad id: the lengths say where a row ends.
 Shapes: B rows; L prompt + response tokens; T response tokens.
 """
 
 import torch
 
-from distributed import add_up, deal
 from gae import explained_variance
-from model import critic_values
 
 
 def response_mask(rows):
     """mask_BT: 1 on response tokens, from the lengths alone."""
     width = int(rows["length_B"].max())
-    return (torch.arange(width, device=rows["length_B"].device) < rows["length_B"][:, None]).float()
+    t_T = torch.arange(width, device=rows["length_B"].device)
+    return (t_T < rows["length_B"][:, None]).float()
+
+
+def response_tokens(rows):
+    """token_BT: the response tokens, moved to the left edge."""
+    width = int(rows["length_B"].max())
+    t_T = torch.arange(width, device=rows["token_BL"].device)
+    position_BT = rows["prompt_length_B"][:, None] + t_T
+    last = rows["token_BL"].shape[1] - 1
+    return rows["token_BL"].gather(1, position_BT.clamp(max=last))
 
 
 def take(rows, index_N):
     """The given rows, with the columns of tokens cut to the longest of them."""
     part = {name: column[index_N] for name, column in rows.items()}
-    longest = int(part["length_B"].max())
-    whole = int((part["prompt_length_B"] + part["length_B"]).max())
-    cut = {"BL": whole, "BT": longest}
-    return {name: column[:, : cut[name[-2:]]] if name[-2:] in cut else column for name, column in part.items()}
+    widths = {"BL": int((part["prompt_length_B"] + part["length_B"]).max()),
+              "BT": int(part["length_B"].max())}  # fmt: skip
+    return {name: column[:, : widths[name[-2:]]] if name[-2:] in widths else column
+            for name, column in part.items()}  # fmt: skip
 
 
 def concatenate(parts):
@@ -38,7 +67,8 @@ def concatenate(parts):
         columns = [part[name] for part in parts]
         if columns[0].dim() == 2:
             width = max(column.shape[1] for column in columns)
-            columns = [torch.nn.functional.pad(column, (0, width - column.shape[1])) for column in columns]
+            pad = torch.nn.functional.pad
+            columns = [pad(column, (0, width - column.shape[1])) for column in columns]
         together[name] = torch.cat(columns)
     return together
 
@@ -50,10 +80,18 @@ def push_left(token_BL, offset_B):
     return torch.where(position_BL < token_BL.shape[1], moved_BL, 0)
 
 
-def micro_batches(rows, tokens):
-    """Index tensors of rows of like length; a micro-batch, padded to its longest row, has at most `tokens` tokens, or one row.
+def mini_batches(rows, size, generator):
+    """Yields the rows, shuffled, in optimiser mini-batches as even as can be, of at most `size`."""
+    count = -(-len(rows["length_B"]) // size)
+    order_B = torch.randperm(len(rows["length_B"]), generator=generator)
+    for index_N in order_B.tensor_split(count):
+        yield take(rows, index_N.to(rows["length_B"].device))
 
-    Every row is in one, the shortest in the first.
+
+def micro_batches(rows, tokens):
+    """Index tensors of rows of like length, each row in one, the shortest in the first.
+
+    A micro-batch, padded to its longest row, has at most `tokens` tokens, or one row.
     """
     length_B, order_B = (rows["prompt_length_B"] + rows["length_B"]).sort(stable=True)
     starts = [0]
@@ -65,40 +103,33 @@ def micro_batches(rows, tokens):
 
 def texts(rows, tokenizer):
     """The responses as text, without special tokens."""
-    columns = zip(rows["token_BL"].tolist(), rows["prompt_length_B"].tolist(), rows["length_B"].tolist())
-    return [tokenizer.decode(token_L[start : start + length], skip_special_tokens=True) for token_L, start, length in columns]
-
-
-@torch.no_grad()
-def values(critic, rows, micro_batch_tokens, shift=0):
-    """value_BT of all rows, `micro_batch_tokens` at a time; 0 on padding (`shift`: see `model.critic_values`)."""
-    value_BT = torch.zeros_like(response_mask(rows))
-    for index in deal(micro_batches(rows, micro_batch_tokens)):
-        part = take(rows, index)
-        value_BT[index, : int(part["length_B"].max())] = critic_values(critic, part, shift) * response_mask(part)
-    return add_up(value_BT)
+    columns = (rows[name].tolist() for name in ("token_BL", "prompt_length_B", "length_B"))
+    answers = [token_L[start : start + length] for token_L, start, length in zip(*columns)]
+    return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 
 
 def rollout_metrics(rows):
-    """What is known of a rollout before the update (the glossary in the README defines each name)."""
+    """What is known of a rollout before the update (docs/metrics.md defines each name)."""
     mask_BT = response_mask(rows)
     tokens = mask_BT.sum()
+    gap_BT = (rows["sampled_logp_BT"] - rows["old_logp_BT"]).abs()
     numbers = {
         "reward": rows["reward_B"].mean(),
         "length": rows["length_B"].float().mean(),
         "length_max": rows["length_B"].max(),
         "truncated": 1 - rows["stop_B"].float().mean(),
         "entropy": (rows["entropy_BT"] * mask_BT).sum() / tokens,
-        "sampler_gap": ((rows["sampled_logp_BT"] - rows["old_logp_BT"]).abs() * mask_BT).sum() / tokens,
+        "sampler_gap": (gap_BT * mask_BT).sum() / tokens,
         "importance": (rows["importance_BT"] * mask_BT).sum() / tokens,
         "advantage": (rows["adv_BT"] * mask_BT).sum() / tokens,
     }
     if "old_value_BT" in rows:
+        value_BT, outcome_BT = rows["old_value_BT"], rows["reward_B"][:, None] * mask_BT
         last_B1 = rows["length_B"][:, None] - 1
         numbers |= {
-            "explained_variance": explained_variance(rows["old_value_BT"], rows["reward_B"][:, None] * mask_BT, mask_BT),
-            "value_first": rows["old_value_BT"][:, 0].mean(),
-            "value_last": rows["old_value_BT"].gather(1, last_B1).mean(),
+            "explained_variance": explained_variance(value_BT, outcome_BT, mask_BT),
+            "value_first": value_BT[:, 0].mean(),
+            "value_last": value_BT.gather(1, last_B1).mean(),
             "lambda_min": rows["lam_B"].min(),
             "lambda": rows["lam_B"].mean(),
             "lambda_max": rows["lam_B"].max(),
@@ -106,18 +137,34 @@ def rollout_metrics(rows):
     return numbers
 
 
-@torch.no_grad()
-def describe_samples(critic, tokenizer, problems, rows, samples):
-    """The first two answers to the first four problems, with the verdict and, of a critic, V at every token."""
-    index = [i for i in range(min(4 * samples, len(rows["length_B"]))) if i % samples < 2]
-    part = take(rows, torch.tensor(index, device=rows["length_B"].device))
-    value_BT = critic_values(critic, part) if critic else torch.zeros(len(index), 0)
-    described = []
-    for i, text in enumerate(texts(part, tokenizer)):
-        problem = problems[int(part["problem_B"][i])]
-        described.append({
-            "problem": problem["problem"], "answer": problem["answer"], "response": text,
-            "correct": bool(part["correct_B"][i]), "finish": "stop" if part["stop_B"][i] else "length",
-            "values": [round(value, 4) for value in value_BT[i, : int(part["length_B"][i])].tolist()],
-        })  # fmt: skip
-    return described
+def add_metrics(sums, found, micro):
+    """Adds a micro-batch's numbers (scalar tensors), and its size; of names in _max, the larger."""
+    size = torch.tensor(micro["token_BL"].numel())
+    for name, value in (found | {"padded_tokens": size}).items():
+        before, value = sums.get(name, 0.0), value.item()
+        sums[name] = max(before, value) if name.endswith("_max") else before + value
+
+
+def mini_batch_metrics(sums, batch):
+    """The sums over all micro-batches and ranks, those that count tokens as shares of them."""
+    tokens, prompts = int(batch["length_B"].sum()), int(batch["prompt_length_B"].sum())
+    shares = {name: sums[name] / tokens for name in ("clip_low", "clip_high", "approx_kl")}
+    padding = 1 - (tokens + prompts) / sums.pop("padded_tokens")
+    return sums | shares | {"padding": padding}
+
+
+def update_metrics(updates):
+    """Means over a rollout's optimiser steps; of those skipped only where all were."""
+    good = [update for update in updates if not update["bad_steps"]] or updates
+    means = {name: sum(update[name] for update in good) / len(good) for name in updates[0]}
+    largest = max(update["ratio_max"] for update in good)
+    return means | {"ratio_max": largest, "bad_steps": sum(u["bad_steps"] for u in updates)}
+
+
+def speeds(seconds, rows):
+    """Where the time of a rollout went, and response tokens a second."""
+    tokens = int(rows["length_B"].sum())
+    return {f"seconds_{name}": taken for name, taken in seconds.items()} | {
+        "sample_tokens_per_second": tokens / seconds["sample"],
+        "train_tokens_per_second": tokens / seconds["update"],
+    }

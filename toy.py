@@ -1,21 +1,27 @@
-"""The embedded world: a serial-reasoning task, its tokenizer and a tiny base model, made in a minute on a CPU.
+"""The embedded world: a task of serial reasoning, its tokenizer, a tiny base model, and its truth.
 
     python toy.py                                   # writes runs/toy
     python toy.py --out runs/long --max_steps 120   # a longer world
 
-The world. A secret map sends each of 26 letters to another; it is one single cycle, so it is a bijection (an error
-is never erased) and every number of steps up to 26 gives another answer. The problem `c17` asks where 17 steps lead
-from c. The base model has learned from demonstrations that work aloud, one letter and the number of steps left:
+A secret map sends each of 26 letters to another; it is one single cycle, so it is a bijection (an
+error is never erased) and every number of steps up to 26 gives another answer. The problem `c17`
+asks where 17 steps lead from c. The base model has learned from demonstrations that work aloud, one
+letter and the number of steps left:
 
     c3:   k2q1z0####z          two tokens a step, then the answer
     c3:   k2a;q1z0####z        a slip (a), noticed and redone (; cancels the letter before it)
     c3:   k2a1f0####f          a slip that nobody noticed: all that follows is wrong
     c3:   ####m                a guess
 
-so RL can do here what it does to a long chain of thought: take more care, correct more, stop guessing (the answers
-grow longer). Numbers of steps are log-uniform, so that answers differ in length by tens of times.
+so RL can do here what it does to a long chain of thought: take more care, correct more, stop
+guessing (the answers grow longer). Numbers of steps are log-uniform, so that answers differ in
+length by tens of times.
 
-What no real data set offers: the truth is known at every token (truth.py).
+What no real data set offers: the truth is known at every token. So it is known how well any critic
+could do (`best_values`), up to a small error of counting, and where the first slip that nobody took
+back is, which a critic should find (`step_drops`, `auc`).
+
+Shapes: B rows as in table.py, T response tokens, N worked steps of all rows together.
 """
 
 import json
@@ -25,50 +31,48 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_linear_schedule_with_warmup
 
-from checkpoint import export
-from run import BadInput, exit_on_bad_input, flag, parse_settings, write_json
+from gae import explained_variance
+from system import base_model, distributed, settings
+from system.checkpoint import export
+from system.run import exit_on_bad_input, require, write_json
+from system.settings import AT_LEAST_1, POSITIVE, SHARE, flag
+from table import response_mask, take
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-ANSWER, REDO, PAD, EOS, UNK = "####", ";", "<pad>", "<eos>", "<unk>"
+ANSWER, REDO = "####", ";"
 
 
+# fmt: off
 @dataclass(frozen=True)
-class World:
+class World(settings.Settings):
     out: str = flag("runs/toy", "directory to write the world into")
     seed: int = flag(0, "seed of the map, the problems, the demonstrations and the model")
-    min_steps: int = flag(2, "fewest steps in a problem")
-    max_steps: int = flag(64, "most steps in a problem; steps are log-uniform")
-    slip: float = flag(0.06, "share of demonstrated steps that slip to a wrong letter")
-    redo: float = flag(0.3, "share of slips that are noticed and redone")
-    guess: float = flag(0.3, "share of demonstrations that guess without working")
-    train_problems: int = flag(1024, "problems to train on")
-    test_problems: int = flag(100, "held-out problems, distinct and not among those")
-    layers: int = flag(3, "layers of the base model")
-    width: int = flag(64, "hidden size of the base model")
-    updates: int = flag(400, "optimiser updates of the base model's training")
-    update_rows: int = flag(64, "demonstrations per update")
-    lr: float = flag(3e-3, "peak learning rate of the base model's training")
+    min_steps: int = flag(2, "fewest steps in a problem", AT_LEAST_1)
+    max_steps: int = flag(64, "most steps in a problem; steps are log-uniform", AT_LEAST_1)
+    slip: float = flag(0.06, "share of demonstrated steps that slip to a wrong letter", SHARE)
+    redo: float = flag(0.3, "share of slips that are noticed and redone", SHARE)
+    guess: float = flag(0.3, "share of demonstrations that guess without working", SHARE)
+    train_problems: int = flag(1024, "problems to train on", AT_LEAST_1)
+    test_problems: int = flag(100, "held-out problems, distinct and not among those", AT_LEAST_1)
+    layers: int = flag(3, "layers of the base model", AT_LEAST_1)
+    width: int = flag(64, "hidden size of the base model", (
+        "must be a multiple of 32, a head's width", lambda n: n > 0 and n % 32 == 0))
+    updates: int = flag(400, "optimiser updates of the base model's training", AT_LEAST_1)
+    update_rows: int = flag(64, "demonstrations per update", AT_LEAST_1)
+    lr: float = flag(3e-3, "peak learning rate of the base model's training", POSITIVE)
 
     def check(self):
-        if not 1 <= self.min_steps <= self.max_steps:
-            raise BadInput("--min_steps must be at least 1 and at most --max_steps")
-        for name in ("slip", "redo", "guess"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise BadInput(f"--{name} is a share: between 0 and 1")
-        if self.width % 32:
-            raise BadInput("--width must be a multiple of 32, the width of an attention head")
-        if not 1 <= self.test_problems <= len(LETTERS) * (self.max_steps - self.min_steps + 1) // 4:
-            raise BadInput("--test_problems must be at least 1 and at most a quarter of the 26 problems per number of steps")
-        if self.train_problems < 1 or self.updates < 1 or self.layers < 1:
-            raise BadInput("--train_problems, --updates and --layers must be at least 1")
+        super().check()
+        require(self.min_steps <= self.max_steps, "--min_steps must be at most --max_steps")
+        quarter = len(LETTERS) * (self.max_steps - self.min_steps + 1) // 4
+        said = f"--test_problems must be at most a quarter of all problems, {quarter}"
+        require(self.test_problems <= quarter, said)
+# fmt: on
 
 
 def secret_map(world):
-    """The map as a dict letter → letter: one cycle through all letters, drawn from the world's seed."""
+    """The map as a dict letter → letter: one cycle through all letters, drawn from the seed."""
     order = random.Random(world.seed).sample(LETTERS, len(LETTERS))
     return dict(zip(order, order[1:] + order[:1]))
 
@@ -80,7 +84,7 @@ def apply_map(step, letter, times):
 
 
 def demonstrate(world, step, letter, steps, rng):
-    """One demonstration for the problem (letter, steps): its text, as the base model will learn to write it."""
+    """One demonstration for the problem (letter, steps): the text that the base model learns."""
     if rng.random() < world.guess:
         return ANSWER + rng.choice(LETTERS)
     text = ""
@@ -95,8 +99,11 @@ def demonstrate(world, step, letter, steps, rng):
 
 
 def draw_problems(world, rng):
-    """(train, test): lists of problems (letter, steps) with log-uniform steps. The test problems are distinct, and none
-    of them is a training problem; training problems repeat, since there are only 26 for each number of steps."""
+    """(train, test): lists of problems (letter, steps) with log-uniform steps.
+
+    The test problems are distinct, and none is a training problem; those repeat, since there are
+    only 26 for each number of steps.
+    """
     steps = range(world.min_steps, world.max_steps + 1)
     weights = [math.log((n + 0.5) / (n - 0.5)) for n in steps]
 
@@ -113,94 +120,211 @@ def draw_problems(world, rng):
 
 
 def make_tokenizer(world):
-    """A fast tokenizer with one token per letter, whole number and mark."""
-    tokens = [PAD, EOS, UNK, ":", REDO, ANSWER, *LETTERS, *map(str, range(world.max_steps + 1))]
-    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=UNK))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"####|\d+|."), behavior="isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=EOS, unk_token=UNK)
+    """One token per letter, whole number and mark."""
+    words = [":", REDO, ANSWER, *LETTERS, *map(str, range(world.max_steps + 1))]
+    return base_model.word_tokenizer(words, r"####|\d+|.")
 
 
 def train_base(world, step, tokenizer, problems, progress=True):
-    """Fits a Llama model to fresh demonstrations by next-token cross-entropy on the response."""
-    torch.manual_seed(world.seed)
+    """The base model: it has learned to demonstrate."""
     rng = random.Random(f"demonstrations {world.seed}")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=world.width, intermediate_size=2 * world.width,
-        num_hidden_layers=world.layers, num_attention_heads=world.width // 32, num_key_value_heads=world.width // 32,
-        max_position_embeddings=8 * world.max_steps + 64, tie_word_embeddings=False,
-        initializer_range=0.1,  # HF's 0.02 does not learn a model this narrow in ten times the updates
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+
+    def draw():
+        asked = rng.choices(problems, k=world.update_rows)
+        return [(f"{letter}{steps}:", demonstrate(world, step, letter, steps, rng))
+                for letter, steps in asked]  # fmt: skip
+
+    return base_model.train(
+        tokenizer, draw, world.seed, world.layers, world.width, 8 * world.max_steps + 64,
+        world.updates, world.lr, progress,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=world.lr, weight_decay=0.01)
-    scheduler = get_linear_schedule_with_warmup(optimizer, world.updates // 20, world.updates)
-    bar = tqdm(range(world.updates), desc="toy: base model", disable=not progress)
-    for _ in bar:
-        rows = []
-        for letter, steps in rng.choices(problems, k=world.update_rows):
-            prompt, response = f"{letter}{steps}:", demonstrate(world, step, letter, steps, rng)
-            rows.append((len(tokenizer(prompt)["input_ids"]), tokenizer(prompt + response)["input_ids"] + [tokenizer.eos_token_id]))
-        rows.sort(key=lambda row: len(row[1]))  # micro-batches of rows of like length: little padding
-        tokens = sum(len(row) - prompt_length for prompt_length, row in rows)
-        total = 0.0
-        for start in range(0, len(rows), 16):
-            micro = rows[start : start + 16]
-            token_BL = torch.full((len(micro), len(micro[-1][1])), tokenizer.pad_token_id)
-            label_BL = torch.full_like(token_BL, -100)
-            for i, (prompt_length, row) in enumerate(micro):
-                token_BL[i, : len(row)] = torch.tensor(row)
-                label_BL[i, prompt_length : len(row)] = torch.tensor(row[prompt_length:])
-            loss = model(input_ids=token_BL, labels=label_BL, num_items_in_batch=tokens).loss
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{total:.3f}")
-    return model
 
 
-# What each script is told in this world: `python train_vapo.py` is `python train_vapo.py @runs/toy/train_vapo.args`.
-# The learning rates suit a model of 200,000 parameters, α suits answers of tens of tokens.
+# What each script is told here: `python train_vapo.py` is `… @runs/toy/train_vapo.args`. The
+# learning rates suit a model of 200,000 parameters, α suits answers of tens of tokens.
 SETTINGS = {
-    "common": {"prompt_template": "{problem}:", "prompt_length": 8, "micro_batch_tokens": 4096},
-    "train_value": {"lr": 1e-3, "answers": 4096, "samples": 8},
-    "train_vapo": {"lr": 4e-4, "critic_lr": 5e-4, "alpha": 0.5, "pretrain_lr": 1e-3, "pretrain_passes": 8},
-}
+    "train_value": {"lr": 1e-3, "answers": 4096, "samples": 8, "micro_batch_tokens": 4096},
+    "train_vapo": {"lr": 4e-4, "critic_lr": 5e-4, "alpha": 0.5, "pretrain_lr": 1e-3,
+                   "pretrain_passes": 8, "micro_batch_tokens": 4096},
+    "evaluate": {},
+}  # fmt: skip
 
 
 def build(world, progress=True):
-    """Writes the world into `world.out`, unless it is there: base/ (model and tokenizer), train.jsonl, test.jsonl and, last,
-    world.json (settings and the map); and the two scripts' .args. Raises: BadInput if another world is there."""
+    """Writes the world into `world.out`, unless it is there, and each script's flags, SCRIPT.args:
+    base/ (model and tokenizer), train.jsonl, test.jsonl and, last, world.json (settings and map).
+
+    Returns: the directory. Raises: BadInput if another world is there.
+    """
     out = Path(world.out)
     step = secret_map(world)
     record = {"settings": {k: v for k, v in asdict(world).items() if k != "out"}, "map": step}
     if (out / "world.json").exists():
-        if json.loads((out / "world.json").read_text()) != record:
-            raise BadInput(f"{out} holds a world with other settings: give another --out, or remove it")
+        same = json.loads((out / "world.json").read_text()) == record
+        said = f"{out} holds a world with other settings: give another --out, or remove it"
+        require(same, said)
     else:
         train, test = draw_problems(world, random.Random(f"problems {world.seed}"))
         tokenizer = make_tokenizer(world)
         export(train_base(world, step, tokenizer, train, progress), tokenizer, out / "base")
         for name, part in (("train", train), ("test", test)):
-            lines = [{"problem": f"{letter}{n}", "answer": apply_map(step, letter, n)} for letter, n in part]
+            lines = [{"problem": f"{letter}{n}", "answer": apply_map(step, letter, n)}
+                     for letter, n in part]  # fmt: skip
             (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         write_json(out / "world.json", record)
-    files = {"model": out / "base", "train": out / "train.jsonl", "world": out, "response_length": 4 * world.max_steps}
-    for script in ("train_value", "train_vapo"):
-        test_file = {"test": out / "test.jsonl"} if script == "train_vapo" else {}
-        flags = files | test_file | SETTINGS["common"] | SETTINGS[script]
-        path, text = out / f"{script}.args", "".join(f"--{name}={value}\n" for name, value in flags.items())
-        if not path.exists() or path.read_text() != text:  # an older world may have flags that are no more
+    for script in SETTINGS:
+        path, flags = out / f"{script}.args", flags_of(script, out, world)
+        text = "".join(f"--{name}={value}\n" for name, value in flags.items())
+        if not path.exists() or path.read_text() != text:  # an older world may have other flags
             path.write_text(text)
     return out
 
 
+def flags_of(script, out, world):
+    """{flag: value} of a script in the world that is in `out`."""
+    files = {"train_value": ("train",), "train_vapo": ("train", "test"), "evaluate": ("test",)}
+    flags = {"model": str(out / "base"), "response_length": 4 * world.max_steps}
+    flags |= {name: str(out / f"{name}.jsonl") for name in files[script]}
+    return flags | {"prompt_template": "{problem}:", "prompt_length": 8} | SETTINGS[script]
+
+
+def defaults(script, model):
+    """What a script is told where no --model is given: to be in the world, built if need be."""
+    if model:
+        return {}
+    world = World()
+    with distributed.rank_0_first():
+        return flags_of(script, build(world), world)
+
+
+def world_of(path, tokenizer):
+    """The directory of the world whose problems `path` holds, or None: is the truth known there?"""
+    directory = Path(path).parent
+    known = (directory / "world.json").is_file() and ANSWER in tokenizer.get_vocab()
+    return directory if known else None
+
+
+def trace(step, letter, steps, tokens):
+    """What is true before each token of an answer: a list of (phase, on_track, left).
+
+    phase: "work" (a letter or #### comes next), "right" / "wrong" (a letter stands that is / is not
+    the true next one), "redo" (after the mark), "answer" (after ####), "said right" / "said wrong",
+    "odd" (nothing a demonstration does). on_track: the last counted letter is the true one; once it
+    is not, only a second, lucky slip helps. left: steps to go after the last counted letter.
+    """
+    truth = [letter]
+    for _ in range(steps):
+        truth.append(step[truth[-1]])
+    phase, current, left, written, states = "work", letter, steps, None, []
+    for token in tokens:
+        states.append((phase, current == truth[steps - left], left))
+        if phase in ("work", "redo") and token in LETTERS and left > 0:
+            phase = "right" if token == truth[steps - left + 1] else "wrong"
+            written = token
+        elif phase in ("right", "wrong") and token == str(left - 1):
+            phase, current, left = "work", written, left - 1
+        elif phase in ("right", "wrong") and token == REDO:
+            phase = "redo"
+        elif phase == "work" and token == ANSWER:
+            phase = "answer"
+        elif phase == "answer" and token in LETTERS:
+            phase = "said right" if token == truth[steps] else "said wrong"
+        else:
+            phase = "odd"
+    return states
+
+
+def traces(world_dir, problems, tokenizer, rows):
+    """Yields the `trace` of each row."""
+    step = json.loads((Path(world_dir) / "world.json").read_text())["map"]
+    names = ("problem_B", "token_BL", "prompt_length_B", "length_B")
+    for index, token_L, start, length in zip(*(rows[name].tolist() for name in names)):
+        problem = problems[index]["problem"]
+        tokens = tokenizer.convert_ids_to_tokens(token_L[start : start + length])
+        yield trace(step, problem[0], int(problem[1:]), tokens)
+
+
+def best_values(world_dir, problems, tokenizer, fit_rows, rows, pool=1):
+    """An estimate of the best possible critic's value_BT for `rows`: P(correct | what is true).
+
+    A critic that reads the text perfectly knows the phase, whether the answer is still on track,
+    and the steps left. Given these, the rest of the text says little (the policy slips a bit more
+    at some letters than at others), so the mean outcome of the answers in `fit_rows` that share
+    them is close to what no critic can beat. States seen seldom are drawn towards the mean over all
+    `left`, with the weight of two answers. `pool`: so many numbers of steps left count as one,
+    which estimates less noisily from few rows.
+    """
+    sums, rewards = {}, fit_rows["reward_B"].tolist()
+    for row_states, reward in zip(traces(world_dir, problems, tokenizer, fit_rows), rewards):
+        for phase, on_track, left in row_states:
+            for state in ((phase, on_track, left // pool), (phase, on_track)):
+                total, count = sums.get(state, (0.0, 0))
+                sums[state] = (total + reward, count + 1)
+    overall = sum(rewards) / len(rewards)
+    value_BT = torch.zeros(len(rows["length_B"]), int(rows["length_B"].max()))
+    for i, row_states in enumerate(traces(world_dir, problems, tokenizer, rows)):
+        for t, (phase, on_track, left) in enumerate(row_states):
+            total, count = sums.get((phase, on_track), (0.0, 0))
+            prior = total / count if count else overall
+            total, count = sums.get((phase, on_track, left // pool), (0.0, 0))
+            value_BT[i, t] = (total + 2 * prior) / (count + 2)
+    return value_BT
+
+
+def step_drops(world_dir, problems, tokenizer, rows, value_BT):
+    """How far V falls over each worked step that starts on track: (drop_N, slip_N).
+
+    drop = V before the step's letter − V after its number, when the letter cannot be taken back.
+    slip, bool: the step left the track, which is the first uncorrected slip of its answer.
+    """
+    drops, slips = [], []
+    for value_T, states in zip(value_BT.tolist(), traces(world_dir, problems, tokenizer, rows)):
+        for t in range(len(states) - 2):
+            (phase, on_track, left), (next_phase, still, next_left) = states[t], states[t + 2]
+            stepped = next_phase == "work" and next_left == left - 1
+            if phase in ("work", "redo") and on_track and stepped:
+                drops.append(value_T[t] - value_T[t + 2])
+                slips.append(not still)
+    return torch.tensor(drops), torch.tensor(slips, dtype=torch.bool)
+
+
+def auc(score_N, positive_N):
+    """P(a positive scores higher than a negative) + ½ P(they tie), over all pairs, or NaN."""
+    positive, negative = score_N[positive_N], score_N[~positive_N].sort().values
+    if not len(positive) or not len(negative):
+        return math.nan
+    below = torch.searchsorted(negative, positive)
+    not_above = torch.searchsorted(negative, positive, right=True)
+    return ((below + not_above).double().mean() / (2 * len(negative))).item()
+
+
+def score_critic(world_dir, problems, tokenizer, rows, value_BT):
+    """How much of the truth a critic's value_BT on judged rows has found: a dict of
+
+    slip_auc: how surely the fall of V tells the first uncorrected slip from a right step (1:
+        always, ½: by chance);
+    best_explained_variance: of the best possible critic on the same rows, its counts made on the
+        other half of the answers. With a few hundred answers it comes out too low (0.33 for 0.39
+        with 256 answers of 60 tokens).
+    """
+    drop_N, slip_N = step_drops(world_dir, problems, tokenizer, rows, value_BT)
+    best_BT = torch.zeros_like(value_BT, device="cpu")
+    index_B = torch.arange(len(best_BT), device=value_BT.device)
+    halves = [index_B[start::2] for start in (0, 1)]
+    if len(best_BT) > 1:
+        for half, other in (halves, halves[::-1]):
+            parts = (take(rows, other), take(rows, half))
+            part_BT = best_values(world_dir, problems, tokenizer, *parts, pool=8)
+            best_BT[half.cpu(), : part_BT.shape[1]] = part_BT
+    mask_BT = response_mask(rows).cpu()
+    target_BT = rows["reward_B"].cpu()[:, None] * mask_BT
+    best = explained_variance(best_BT, target_BT, mask_BT).item()
+    return {"slip_auc": auc(drop_N, slip_N), "best_explained_variance": best}
+
+
 @exit_on_bad_input
 def main(argv=None):
-    world = parse_settings(World, argv, __doc__)
+    world = settings.parse(World, argv, __doc__)
     world.check()
     print(f"the embedded world is in {build(world)}")
 

@@ -1,174 +1,127 @@
 """Value pretraining, and reward models: fits a critic to the outcomes of a frozen policy's answers.
 
     python train_value.py                                              # in the embedded world
-    python train_value.py --model DIR --train FILE --out runs/value    # any causal LM, any JSONL of problems
-    python train_value.py --objective reward --out runs/reward         # a reward model, when there is none …
-    python train_value.py --init runs/reward/critic --reuse_answers runs/reward/answers.pt   # … and pretraining from it
+    python train_value.py --model DIR --train FILE --out runs/value    # any causal LM, any problems
+    python train_value.py --objective reward --out runs/reward         # a reward model, if none is there
+    python train_value.py --init runs/reward/critic --reuse_answers runs/reward/answers.pt
 
+VAPO's piece 1 (arXiv 2504.05118 §4.1; arXiv 2503.01491):
 1. Answers are sampled once from the frozen policy, judged by the verifier, and stored.
-2. The critic is fitted to them offline, several passes, on nine problems of ten. `value`: V at every token is regressed
-   on the Monte-Carlo return, which is the outcome (arXiv 2503.01491; arXiv 2504.05118 §4.1). `reward`: the score after
-   the last token only, which is what a reward model learns, and why it is wrong about unfinished answers.
-   Short answers first (--short_passes): the cheapest way to a critic that sees mistakes.
-3. After each pass it is measured on the answers to the other problems. It stops at --target_explained_variance, when
-   the held-out loss has not fallen for --patience passes (overfitting is real), or at --steps; the best pass is kept.
+2. The critic is fitted to them offline, several passes, on nine problems of ten. `value`: V at
+   every token is regressed on the Monte-Carlo return, which is the outcome. `reward`: the score
+   after the last token only, which is what a reward model learns, and why it is wrong about
+   unfinished answers. Short answers first (--short_passes): the cheapest way to a critic that sees
+   mistakes.
+3. After each pass it is measured on the answers to the other problems. It stops at
+   --target_explained_variance, when the held-out loss has not fallen for --patience passes
+   (overfitting is real), or at --steps; the best pass is kept.
 """
 
-import copy
 import gc
-import hashlib
-import json
-import math
-import os
-import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-import checkpoint
-import distributed
 import losses
 import model
-import problems as problem_files
 import rollout
 import table
 import toy
-import truth
 from gae import explained_variance
-from run import (
+from system import checkpoint, distributed, loading
+from system import settings as flags
+from system.learner import Learner, step_or_skip
+from system.run import (
     Log,
-    RunSettings,
     Stopped,
-    compiler,
-    describe,
     exit_on_bad_input,
     finishing_the_step,
-    flag,
-    parse_settings,
-    pick_device,
+    kernel,
     require,
     seeded_generator,
     stopping,
-    to_argv,
-    write_json,
-)  # fmt: skip
+)
+from system.settings import AT_LEAST_1, INSIDE_SHARE, NOT_NEGATIVE, POSITIVE, flag
 
 WARMUP = 10  # optimiser steps
 
 
+# fmt: off
 @dataclass(frozen=True)
-class Settings(RunSettings):
-    out: str = flag("", "directory for answers.pt, metrics.jsonl, tb/ and critic/; empty: runs/value-DATE-TIME")
-    objective: Literal["value", "reward"] = flag("value", "value: the outcome at every token; reward: after the last only")
-    init: str = flag("", "start from this reward model, critic or policy directory; empty: from the policy in --model")
-    answers: int = flag(4096, "answers to sample from the frozen policy")
-    samples: int = flag(8, "answers per problem")
-    reuse_answers: str = flag("", "answers.pt of an earlier run on the same problems, instead of sampling")
-    held_out: float = flag(0.1, "share of the problems whose answers are only measured on")
-    lr: float = flag(2e-6, "AdamW learning rate, constant after a warm-up of 10 steps")
-    decay: bool = flag(False, "let the learning rate fall linearly to 0 over all the passes instead")
-    batch: int = flag(64, "answers per optimiser step")
-    passes: int = flag(10, "most passes over the answers")
-    short_passes: int = flag(0, "passes over the shorter half of the answers before those; cheap, and a mistake is near its outcome there")
-    steps: int = flag(0, "most optimiser steps; 0: no limit but --passes")
-    patience: int = flag(3, "passes without a lower held-out loss before it stops")
-    target_explained_variance: float = flag(1.0, "stop once the held-out explained variance is this high")
-    max_grad_norm: float = flag(1.0, "gradient clipping")
+class Settings(flags.TrainingSettings):
+    out: str = flag("", "directory to write into; empty: runs/value-DATE-TIME", may_change=True)
+    objective: Literal["value", "reward"] = flag(
+        "value", "value: the outcome at every token; reward: after the last only")
+    init: str = flag("", "start from this reward model, critic or policy; empty: from --model")
+    answers: int = flag(4096, "answers to sample from the frozen policy", AT_LEAST_1)
+    samples: int = flag(8, "answers per problem", AT_LEAST_1)
+    reuse_answers: str = flag("", "answers.pt of another run on the same problems, to use")
+    held_out: float = flag(0.1, "share of the problems that is only measured on", INSIDE_SHARE)
+    lr: float = flag(2e-6, "AdamW learning rate, constant after a warm-up of 10 steps", POSITIVE)
+    decay: bool = flag(False, "let the learning rate fall linearly to 0 over all the passes")
+    batch: int = flag(64, "answers per optimiser step", AT_LEAST_1)
+    passes: int = flag(10, "most passes over the answers", AT_LEAST_1)
+    short_passes: int = flag(0, "passes over the shorter half before those", NOT_NEGATIVE)
+    steps: int = flag(0, "most optimiser steps; 0: no limit but --passes", NOT_NEGATIVE)
+    patience: int = flag(3, "passes without a lower held-out loss before it stops", AT_LEAST_1)
+    target_explained_variance: float = flag(
+        1.0, "stop once the held-out explained variance is this high", (
+            "must be at most 1", lambda value: value <= 1))
+    max_grad_norm: float = flag(1.0, "gradient clipping", POSITIVE)
 
     def check(self):
         super().check()
-        for name in ("answers", "samples", "batch", "passes", "patience"):
-            require(getattr(self, name) >= 1, f"--{name} must be at least 1")
-        require(self.steps >= 0 and self.short_passes >= 0, "--steps and --short_passes must not be negative")
-        groups = -(-self.answers // self.samples)
-        require(
-            groups >= distributed.world(), f"--answers / --samples: {groups} problems for {distributed.world()} processes: each needs one"
-        )
-        require(0 < self.held_out < 1, "--held_out is a share: above 0, below 1")
-        require(self.lr > 0 and self.max_grad_norm > 0, "--lr and --max_grad_norm must be positive")
-        require(self.target_explained_variance <= 1, "--target_explained_variance is at most 1")
+        groups, processes = -(-self.answers // self.samples), distributed.world()
+        said = f"{groups} problems for {processes} processes: each needs one"
+        require(groups >= processes, f"--answers / --samples: {said}")
+# fmt: on
 
 
-def mathematics(argv):
-    """{flag: value}, but for those that change only memory and patience; its own files by their way from --out, which may have moved."""
-    other = ("out", "micro_batch_tokens", "gradient_checkpointing", "cpu_offload", "rank_timeout", "tensor_parallel", "vllm_memory")
-    flags = dict(flag.removeprefix("--").split("=", 1) for flag in argv)
-    for name in ("init", "reuse_answers"):
-        flags[name] = flags[name] and os.path.relpath(flags[name], flags["out"])
-    return {name: value for name, value in flags.items() if name not in other}
+def value_gradients(critic, batch, settings, value_clip=None, shift=0):
+    """Adds the gradients of Σ weight · ½ (V − target)² over a mini-batch, on all ranks.
 
-
-def fingerprint(policy, problems):
-    """Tells one policy and list of problems from another: a hash of one number of every weight, and of all the texts."""
-    if distributed.rank():  # the first numbers are rank 0's
-        return distributed.from_rank_0(None)
-    firsts = torch.stack([distributed.local(weight).detach().flatten()[0].float().cpu() for weight in policy.parameters()])
-    texts = json.dumps([[problem["problem"], problem["answer"]] for problem in problems])
-    return distributed.from_rank_0(hashlib.sha256(firsts.numpy().tobytes() + texts.encode()).hexdigest()[:16])
-
-
-def sampled_answers(settings, out, policy, tokenizer, problems, mark):
-    """Judged rows from the frozen policy; stored, so that a second run on them samples nothing. mark: the `fingerprint`."""
-    device = model.device_of(policy)
-    path = Path(settings.reuse_answers or out / "answers.pt")
-    # What the answers depend on: those of another policy, file, temperature … must not be used in silence.
-    names = [
-        "prompt_template", "chat_template", "response_length", "temperature", "verifier", "bare_number", "reward_correct", "reward_wrong",
-    ]  # fmt: skip
-    names += [] if settings.reuse_answers else ["seed", "answers", "samples"]
-    source = {name: getattr(settings, name) for name in names} | {"policy or problems": mark}
-    if distributed.from_rank_0(path.exists()):
-        stored = checkpoint.read(path)
-        differ = [name for name in source if stored["source"].get(name) != source[name]]
-        require(not differ, f"{path} holds answers with another {', '.join(differ)}: give another --out or remove the file")
-        return {name: column.to(device) for name, column in stored["rows"].items()}
-    require(not settings.reuse_answers, f"no stored answers at {path}")
-    order = seeded_generator(settings.seed, "pretraining problems")
-    groups = -(-settings.answers // settings.samples)
-    passes = -(-groups // len(problems))  # a short file is asked several times
-    chosen = torch.cat([torch.randperm(len(problems), generator=order) for _ in range(passes)])[:groups]
-    rows = rollout.sample(
-        rollout.sampler_of(policy, settings), tokenizer, [problems[i] for i in chosen.tolist()], settings.samples, settings.response_length,
-        settings.temperature,
-        seeded_generator(settings.seed, "pretraining answers", device), settings.sample_rows, progress="value: sampling",
-        engine=settings.engine,
-    )  # fmt: skip
-    rows["problem_B"] = chosen.to(device)[rows["problem_B"]]
-    rollout.judge(rows, tokenizer, problems, rollout.verifier_of(settings), settings.reward_correct, settings.reward_wrong)
-    checkpoint.write(path, {"source": source, "rows": rows})
-    return rows
-
-
-def split_by_problem(rows, share, seed):
-    """(rows to fit, held-out rows). By problem, not by answer: two answers to one problem share too much."""
-    asked = rows["problem_B"].unique()
-    require(len(asked) > 1, "value pretraining needs answers to at least 2 problems, one of them held out: raise --answers or add problems")
-    held = asked[torch.randperm(len(asked), generator=seeded_generator(seed, "held-out problems")).to(asked.device)]
-    held = held[: min(len(asked) - 1, max(1, round(share * len(asked))))]
-    is_held_B = torch.isin(rows["problem_B"], held)
-    return table.take(rows, (~is_held_B).nonzero()[:, 0]), table.take(rows, is_held_B.nonzero()[:, 0])
+    Args: batch, rows with target_BT and critic_weight_BT (with value_clip, old_value_BT too);
+        shift, 0 for V before each token, 1 for the score after it.
+    Returns: the loss, this rank's part of it.
+    """
+    value_loss = kernel(losses.value_loss, settings.compile, loading.device_of(critic))
+    total = 0.0
+    for index in distributed.deal(table.micro_batches(batch, settings.micro_batch_tokens)):
+        micro = table.take(batch, index)
+        value_BT = model.critic_values(critic, micro, shift)
+        old_value_BT = micro.get("old_value_BT")
+        loss_BT = value_loss(value_BT, micro["target_BT"], old_value_BT, value_clip)
+        loss = (loss_BT * micro["critic_weight_BT"]).sum()
+        loss.backward()
+        total += loss.item()
+    return total
 
 
 def objective_columns(rows, objective):
-    """(target_BT, mask_BT, shift): what V is fitted to, where, and whether it is read before (0) or after (1) a token."""
+    """(target_BT, mask_BT, shift): what V is fitted to, where, and whether it is read before (0)
+    or after (1) a token."""
     mask_BT = table.response_mask(rows)
     target_BT = rows["reward_B"][:, None] * mask_BT
     if objective == "value":
         return target_BT, mask_BT, 0
-    last_BT = mask_BT * (torch.arange(mask_BT.shape[1], device=mask_BT.device) == rows["length_B"][:, None] - 1)
-    return target_BT, last_BT, 1
+    t_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+    return target_BT, mask_BT * (t_T == rows["length_B"][:, None] - 1), 1
 
 
 @torch.no_grad()
 def measure(critic, rows, objective, micro_batch_tokens):
-    """Returns: (loss and explained variance under the objective, V at the first and last token; value_BT, as a critic's)."""
+    """(loss and explained variance under the objective, V at the first and last token; value_BT)."""
     target_BT, mask_BT, shift = objective_columns(rows, objective)
-    value_BT = table.values(critic, rows, micro_batch_tokens)
-    fitted_BT = table.values(critic, rows, micro_batch_tokens, shift) if shift else value_BT
+    value_BT = model.all_values(critic, rows, micro_batch_tokens)
+    fitted_BT = value_BT
+    if shift:
+        fitted_BT = model.all_values(critic, rows, micro_batch_tokens, shift)
     weight_BT = losses.token_weights(mask_BT, "token")
     last_B1 = rows["length_B"][:, None] - 1
     return {
@@ -179,194 +132,232 @@ def measure(critic, rows, objective, micro_batch_tokens):
     }, value_BT
 
 
-def fit(settings, out, critic, rows, held_out_rows, score, log, state):
-    """Offline passes over the rows. `score`: value_BT of the held-out rows → numbers to log beside each measurement; `state`: a
-    checkpoint to go on from, or None. There is one after each pass.
+def fit(settings, out, critic, tokenizer, rows, held_out_rows, truth):
+    """Offline passes over the rows; goes on after the last pass that is saved in `out`.
 
-    Returns: (metrics of the kept pass, its optimiser step); the critic has the weights of that pass.
+    The critic of the best pass is OUT/best. Args: truth, a function value_BT of the held-out rows
+    → numbers to log. Returns: (metrics of the best pass, its optimiser step).
     """
-    optimizer = torch.optim.AdamW(critic.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
-    device = model.device_of(critic)
-    value_loss = compiler(settings, device)(losses.value_loss)
-    order = seeded_generator(settings.seed, "pretraining mini-batches")
-    everything_N = torch.arange(len(rows["length_B"]), device=device)
-    short_N = rows["length_B"].sort(stable=True).indices[: -(-len(everything_N) // 2)]
-    passes = [short_N] * settings.short_passes + [everything_N] * settings.passes
-    limit = sum(-(-len(index_N) // settings.batch) for index_N in passes)
+    index_N = torch.arange(len(rows["length_B"]), device=rows["length_B"].device)
+    short_N = rows["length_B"].sort(stable=True).indices[: -(-len(index_N) // 2)]
+    passes = [short_N] * settings.short_passes + [index_N] * settings.passes
+    limit = sum(-(-len(pass_N) // settings.batch) for pass_N in passes)
     limit = min(limit, settings.steps or limit)
 
     def rate(step):
         return min(1.0, (step + 1) / WARMUP) * (1 - step / limit if settings.decay else 1.0)
 
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    step, worse = 0, 0
-
-    def measured(numbers):
-        """Reports a pass; returns its metrics, its step and the critic's weights."""
-        held_out, value_BT = measure(critic, held_out_rows, settings.objective, settings.micro_batch_tokens)
-        held_out |= score(value_BT)
-        report(log, step, numbers | held_out)
-        return {"held_out": held_out, "step": step, "weights": copy.deepcopy(critic.state_dict())}
-
-    learners = {"critic": critic, "optimizer": optimizer, "scheduler": scheduler}
-    if state is None:
-        first, skipped, done, best = 0, 0, False, measured({})
-    else:
-        directory, rest = state
-        first, skipped, step, worse, done, best = (rest[name] for name in ("passes", "in_pass", "step", "worse", "done", "best"))
-        best["weights"] = copy.deepcopy(critic.state_dict())
-        checkpoint.restore(directory, rest, learners | {"best_weights": best["weights"]})
-        order.set_state(rest["order"])
-
-    def save(passes, in_pass, order_state):
-        rest = {"passes": passes, "in_pass": in_pass, "order": order_state, "step": step, "worse": worse, "done": done}
-        rest |= {"best": {"held_out": best["held_out"], "step": best["step"]}, "settings": to_argv(settings)}
-        checkpoint.save(out, step, learners | {"best_weights": best["weights"]}, rest, keep=1)
-
-    def stop_if_asked(*where):
-        if stopping():
-            save(*where)
-            raise stopped(out, step)
-
-    bar = tqdm(total=limit, initial=step, desc="value: fitting", unit="step", leave=False)
-    for number, pass_N in list(enumerate(passes))[first:]:
-        if step == limit or worse == settings.patience or done:
-            break
-        order_state = order.get_state()
-        shuffled_N = pass_N[torch.randperm(len(pass_N), generator=order).to(pass_N.device)]
-        batches = list(shuffled_N.split(settings.batch))
-        if len(batches[-1]) < distributed.world():  # each process needs a row
+    schedule = partial(LambdaLR, lr_lambda=rate)
+    learner = Learner(critic, settings.lr, settings.max_grad_norm, schedule)
+    generators = {"order": seeded_generator(settings.seed, "pretraining mini-batches")}
+    progress = checkpoint.resume(out, {"critic": learner}, generators)
+    log = Log(out, after=progress["step"] if progress else -1)
+    progress = progress or {"step": 0, "passes": -1, "worse": 0, "best": None, "best_step": 0}
+    bar = tqdm(total=limit, initial=progress["step"], desc="value: fitting", unit="step",
+               leave=False, disable=distributed.rank() > 0)  # fmt: skip
+    # Pass 0 fits nothing: the critic is measured as it starts.
+    for number, pass_N in list(enumerate([index_N[:0], *passes]))[progress["passes"] + 1 :]:
+        stop_if_asked(out, number)
+        order_N = torch.randperm(len(pass_N), generator=generators["order"]).to(pass_N.device)
+        batches = list(pass_N[order_N].split(settings.batch)) if len(pass_N) else []
+        if batches and len(batches[-1]) < distributed.world():  # each process needs a row
             batches[-2:] = [torch.cat(batches[-2:])]
-        batches = batches[: limit - step + skipped]
-        numbers = {}  # of the pass's last step; after a stop there may be none left of it, on more processes
-        for done_in_pass, index_N in list(enumerate(batches, 1))[skipped:]:
-            batch = table.take(rows, index_N)
-            target_BT, mask_BT, shift = objective_columns(batch, settings.objective)
-            weight_BT = losses.token_weights(mask_BT, "token")  # over the whole batch, before it is split
-            total = 0.0
-            for micro in distributed.deal(table.micro_batches(batch, settings.micro_batch_tokens)):
-                value_BT = model.critic_values(critic, table.take(batch, micro), shift)
-                width = value_BT.shape[1]
-                loss = (value_loss(value_BT, target_BT[micro, :width]) * weight_BT[micro, :width]).sum()
-                loss.backward()
-                total += loss.item()
-            numbers = distributed.add_numbers({"train_value_loss": total})
-            numbers["value_grad_norm"] = distributed.clip_gradients(critic.parameters(), settings.max_grad_norm)
-            finite = all(map(math.isfinite, numbers.values()))
-            require(finite, f"value pretraining, step {step + 1}: loss or gradient is not finite {numbers}: lower --lr (--pretrain_lr)")
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            step += 1
+        batches, numbers = batches[: limit - progress["step"]], {}
+        for batch_N in batches:
+            stop_if_asked(out, number)
+            batch = table.take(rows, batch_N)
+            batch["target_BT"], mask_BT, shift = objective_columns(batch, settings.objective)
+            # The weights of the whole batch, before it is cut into micro-batches.
+            batch["critic_weight_BT"] = losses.token_weights(mask_BT, "token")
+            loss = value_gradients(critic, batch, settings, shift=shift)
+            numbers = distributed.add_numbers({"train_value_loss": loss})
+            made = step_or_skip({"value": learner}, numbers)
+            said = f"loss or gradient is not finite {numbers}: lower --lr (--pretrain_lr)"
+            require(made, f"value pretraining, step {progress['step'] + 1}: {said}")
+            progress["step"] += 1
             bar.update()
-            if index_N is not batches[-1]:
-                log.metrics(step, numbers)
-                stop_if_asked(number, done_in_pass, order_state)
-        skipped = 0
-        now = measured(numbers)
-        if now["held_out"]["value_loss"] < best["held_out"]["value_loss"]:
-            best, worse = now, 0
-        elif number >= settings.short_passes:  # the short answers alone are not meant to be enough
-            worse += 1
-        done = now["held_out"]["explained_variance"] >= settings.target_explained_variance
-        stop_if_asked(number + 1, 0, order.get_state())
-        save(number + 1, 0, order.get_state())
+            if batch_N is not batches[-1]:
+                log.metrics(progress["step"], numbers)
+        micro_batch = settings.micro_batch_tokens
+        held_out, value_BT = measure(critic, held_out_rows, settings.objective, micro_batch)
+        held_out |= truth(value_BT)
+        report(log, progress["step"], numbers | held_out)
+        progress["passes"], best = number, progress["best"]
+        if best is None or held_out["value_loss"] < best["value_loss"]:
+            progress |= {"best": held_out, "best_step": progress["step"], "worse": 0}
+            checkpoint.export(critic, tokenizer, out / "best")
+        elif number > settings.short_passes:  # the short answers alone are not meant to be enough
+            progress["worse"] += 1
+        checkpoint.save(out, {"critic": learner}, generators, progress)
+        reached = held_out["explained_variance"] >= settings.target_explained_variance
+        worse = progress["worse"] == settings.patience
+        if worse or progress["step"] == limit or (reached and number > 0):
+            break
     bar.close()
-    critic.load_state_dict(best["weights"])
-    return best["held_out"], best["step"]
+    log.close()
+    return progress["best"], progress["best_step"]
 
 
-def stopped(out, step=0):
-    """The exception that says how to go on."""
-    done = f"step {step} of it is saved" if (out / "answers.pt").exists() else "nothing of it is done yet"
-    return Stopped(f"value pretraining in {out}: {done}; the same command with --out {out}, or --resume of the run, goes on")
+def stop_if_asked(out, number=0):
+    """Raises: Stopped, with how to go on, if the process is to stop."""
+    if stopping():
+        there = (out / "answers.pt").exists()
+        done = f"pass {number} of it begins again" if there else "nothing of it is done yet"
+        said = f"the same command with --out {out}, or --resume of the run, goes on"
+        raise Stopped(f"value pretraining in {out}: {done}; {said}")
 
 
 def report(log, step, numbers):
     """One line in the log and on the screen for a measurement on held-out problems."""
     log.metrics(step, numbers)
-    possible = f" of {numbers['best_explained_variance']:.3f} possible" if "best_explained_variance" in numbers else ""
-    slips = f"   first-slip AUC {numbers['slip_auc']:.3f}" if "slip_auc" in numbers else ""
+    best, slips = numbers.get("best_explained_variance"), numbers.get("slip_auc")
+    possible = "" if best is None else f" of {best:.3f} possible"
+    found = "" if slips is None else f"   first-slip AUC {slips:.3f}"
     tqdm.write(
-        f"value: step {step:4d}   held-out loss {numbers['value_loss']:.4f}   explained variance {numbers['explained_variance']:6.3f}"
-        f"{possible}{slips}   V first token {numbers['value_first']:.3f}, last {numbers['value_last']:.3f}"
+        f"value: step {step:4d}   held-out loss {numbers['value_loss']:.4f}   explained variance "
+        f"{numbers['explained_variance']:6.3f}{possible}{found}   V first token "
+        f"{numbers['value_first']:.3f}, last {numbers['value_last']:.3f}"
     )
+
+
+def sampled_answers(settings, out, policy, tokenizer, problems):
+    """Judged rows from the frozen policy; stored, so that a second run on them samples nothing."""
+    device = loading.device_of(policy)
+    path = Path(settings.reuse_answers or out / "answers.pt")
+    # What the answers depend on: those of another policy, file, … must not be used in silence.
+    names = ["prompt_template", "chat_template", "response_length", "temperature", "verifier",
+             "bare_number", "reward_correct", "reward_wrong"]  # fmt: skip
+    names += [] if settings.reuse_answers else ["seed", "answers", "samples"]
+    source = {name: getattr(settings, name) for name in names}
+    texts = [[problem["problem"], problem["answer"]] for problem in problems]
+    source["policy or problems"] = loading.fingerprint(policy, texts)
+    if distributed.from_rank_0(path.exists()):
+        stored = checkpoint.read(path)
+        differ = ", ".join(n for n in source if stored["source"].get(n) != source[n])
+        said = f"{path} holds answers with another {differ}: give another --out or remove the file"
+        require(not differ, said)
+        return {name: column.to(device) for name, column in stored["rows"].items()}
+    require(not settings.reuse_answers, f"no stored answers at {path}")
+    order = seeded_generator(settings.seed, "pretraining problems")
+    groups = -(-settings.answers // settings.samples)
+    passes = -(-groups // len(problems))  # a short file is asked several times
+    drawn = [torch.randperm(len(problems), generator=order) for _ in range(passes)]
+    chosen = torch.cat(drawn)[:groups]
+    generator = seeded_generator(settings.seed, "pretraining answers", device)
+    rows = rollout.sample(
+        loading.sampler_of(policy, settings), tokenizer, [problems[i] for i in chosen.tolist()],
+        settings.samples, settings.response_length, settings.temperature, generator,
+        settings.sample_rows, progress="value: sampling", engine=settings.engine,
+    )  # fmt: skip
+    rows["problem_B"] = chosen.to(device)[rows["problem_B"]]
+    verify = rollout.verifier_of(settings)
+    rewards = (settings.reward_correct, settings.reward_wrong)
+    rollout.judge(rows, tokenizer, problems, verify, *rewards)
+    checkpoint.write(path, {"source": source, "rows": rows})
+    return rows
+
+
+def split_by_problem(rows, share, seed):
+    """(rows to fit, held-out rows). By problem: two answers to one problem share too much."""
+    asked = rows["problem_B"].unique()
+    said = "value pretraining needs answers to at least 2 problems, one of them held out"
+    require(len(asked) > 1, f"{said}: raise --answers or add problems")
+    shuffle = torch.randperm(len(asked), generator=seeded_generator(seed, "held-out problems"))
+    held = asked[shuffle.to(asked.device)]
+    held = held[: min(len(asked) - 1, max(1, round(share * len(asked))))]
+    is_held_B = torch.isin(rows["problem_B"], held)
+    parts = [table.take(rows, part_B.nonzero()[:, 0]) for part_B in (~is_held_B, is_held_B)]
+    fewest, processes = min(len(part["length_B"]) for part in parts), distributed.world()
+    said = f"{fewest} answers to fit or hold out for {processes} processes: raise --answers"
+    require(fewest >= processes, said)
+    return parts
 
 
 def pretrain(settings, policy=None):
     """Value pretraining, or the fit of a reward model, from the answers to the critic's directory.
 
-    Args: policy, as `model.ready` returns it, where the caller has it already.
-    Returns: the kept critic's held-out metrics, its directory and, where known, the best possible. Raises: BadInput, Stopped.
+    Args: policy, loaded and sharded, where the caller has it already.
+    Returns: the kept critic's held-out metrics, its step, and "critic", its directory.
+    Raises: BadInput, Stopped.
     """
     started = time.time()
     settings.check()
-    device = pick_device(settings.device)
-    require(device.type == "cuda" or not settings.cpu_offload, "--cpu_offload keeps a GPU's memory free: it is for CUDA")
-    torch.manual_seed(settings.seed)
-    out = Path(settings.out or distributed.from_rank_0(time.strftime("runs/value-%Y%m%d-%H%M%S")))
-    require(not distributed.from_rank_0((out / "critic").exists()), f"{out} holds a critic already: give another --out")
-    tokenizer = model.load_tokenizer(settings.model, settings.trust_remote_code)
-    if settings.init:
-        model.require_critic(settings.init, tokenizer, settings.prompt_length + settings.response_length, settings.trust_remote_code)
-    problems = problem_files.prompted_problems(settings.train, tokenizer, settings)
-    length = settings.prompt_length + settings.response_length
-    if policy is None:
-        policy = model.load_policy(settings.model, device, settings.dtype, length, settings.trust_remote_code)
-        model.require_same_words(policy, tokenizer, settings.model)
-        policy = model.ready(policy, device, settings)
-    if stopping():
-        raise stopped(out)
-    rows = sampled_answers(settings, out, policy, tokenizer, problems, fingerprint(policy, problems))
-    if stopping():
-        raise stopped(out)
-    del policy
-    gc.collect()  # where it is shared out, its own hooks hold it
+    stamp = distributed.from_rank_0(time.strftime("runs/value-%Y%m%d-%H%M%S"))
+    out = Path(settings.out or stamp)
+    there = distributed.from_rank_0((out / "critic").exists())
+    require(not there, f"{out} holds a critic already: give another --out")
+    flags.require_same(out, settings, ways=("init", "reuse_answers"))
+    set_up = model.set_up(settings, [settings.train], [settings.init], policy)
+    policy, tokenizer, (problems,) = set_up
+    device = loading.device_of(policy)
+    stop_if_asked(out)
+    rows = sampled_answers(settings, out, policy, tokenizer, problems)
+    stop_if_asked(out)
+    del policy, set_up
+    gc.collect()  # where it is sharded, its own hooks hold it
     fit_rows, held_out_rows = split_by_problem(rows, settings.held_out, settings.seed)
-    fewest = min(len(part["length_B"]) for part in (fit_rows, held_out_rows))
-    require(fewest >= distributed.world(), f"{fewest} answers to fit or hold out for {distributed.world()} processes: raise --answers")
-    known = {}
-    if settings.world and settings.objective == "value":  # the truth is known there: what could any critic explain?
+    world, known = toy.world_of(settings.train, tokenizer), {}
+    where = (world, problems, tokenizer)
+    if world and settings.objective == "value":  # what could any critic explain?
         target_BT, mask_BT, _ = objective_columns(held_out_rows, "value")
-        best_BT = truth.best_values(settings.world, problems, tokenizer, fit_rows, held_out_rows).to(device)
+        best_BT = toy.best_values(*where, fit_rows, held_out_rows).to(device)
         known["best_explained_variance"] = explained_variance(best_BT, target_BT, mask_BT).item()
 
-    def score(value_BT):
-        if not settings.world:
+    def truth(value_BT):
+        if not world:
             return {}
-        drops = truth.step_drops(settings.world, problems, tokenizer, held_out_rows, value_BT)
-        return known | {"slip_auc": truth.auc(*drops)}
+        return known | {"slip_auc": toy.auc(*toy.step_drops(*where, held_out_rows, value_BT))}
 
     mean_reward = fit_rows["reward_B"].mean().item()
-    critic = model.load_critic(settings.init or settings.model, device, mean_reward, settings.dtype, settings.trust_remote_code)
-    critic = model.ready(critic, device, settings)
-    state = checkpoint.load(out)
-    require(
-        not state or mathematics(state[1]["settings"]) == mathematics(to_argv(settings)),
-        f"{out} holds value pretraining that was stopped, with other settings: give another --out, or remove it",
-    )
-    log = Log(out, after=state[1]["step"] if state else -1)
-    write_json(out / "config.json", {"settings": to_argv(settings), "on": describe(device)})
-    metrics, step = fit(settings, out, critic, fit_rows, held_out_rows, score, log, state)
-    critic_dir = out / "critic"
-    checkpoint.export(critic, tokenizer, critic_dir)
+    start = settings.init or settings.model
+    critic = loading.load_critic(start, device, mean_reward, settings.dtype)
+    critic = loading.shard(critic, device, settings)
+    flags.save_config(out, settings, device)
+    metrics, step = fit(settings, out, critic, tokenizer, fit_rows, held_out_rows, truth)
+    with distributed.rank_0_first():
+        if not distributed.rank():
+            (out / "best").rename(out / "critic")
     checkpoint.remove(out)
-    log.close()
-    print(
-        f"value: kept step {step}, explained variance {metrics['explained_variance']:.3f}, in {critic_dir} ({time.time() - started:.0f} s)"
-    )
-    return metrics | {"step": step, "critic": str(critic_dir), "seconds": time.time() - started}
+    said = f"kept step {step}, explained variance {metrics['explained_variance']:.3f}"
+    print(f"value: {said}, in {out}/critic ({time.time() - started:.0f} s)")
+    spent = time.time() - started
+    return metrics | {"step": step, "critic": str(out / "critic"), "seconds": spent}
+
+
+def starting_critic(settings, run_dir, policy):
+    """The directory that a run's critic starts from; fits it first where the settings say so.
+
+    Args: settings, those of train_vapo.py.
+    """
+
+    def fitted(name, **own):
+        out = Path(run_dir) / name
+        if not distributed.from_rank_0((out / "critic").exists()):  # a stopped run may have it
+            shared = {f.name: getattr(settings, f.name) for f in fields(flags.TrainingSettings)}
+            shared |= {"answers": settings.pretrain_answers, "lr": settings.pretrain_lr,
+                       "passes": settings.pretrain_passes, "out": str(out)}  # fmt: skip
+            pretrain(Settings(**shared | own), policy)
+            gc.collect()  # its critic
+        return str(out / "critic")
+
+    if settings.critic:
+        return settings.critic
+    reward_model, answers = settings.reward_model, ""
+    if reward_model == "fit":
+        reward_model = fitted("reward_model", objective="reward")
+        answers = str(Path(run_dir) / "reward_model" / "answers.pt")
+    if settings.value_pretraining:
+        return fitted("value", init=reward_model, reuse_answers=answers)
+    return reward_model or settings.model
 
 
 @exit_on_bad_input
 def main(argv=None):
     """Runs the script; returns what `pretrain` does."""
-    settings = parse_settings(Settings, argv, __doc__)
-    distributed.start(settings.rank_timeout)
-    if not settings.model:
-        with distributed.rank_0_first():
-            world = toy.build(toy.World())
-        settings = parse_settings(Settings, [f"@{world}/train_value.args", *(sys.argv[1:] if argv is None else argv)], __doc__)
+    settings = flags.parse(Settings, argv, __doc__)
+    distributed.start()
+    defaults = toy.defaults("train_value", settings.model)
+    settings = flags.parse(Settings, argv, __doc__, defaults)
     with finishing_the_step():
         return pretrain(settings)
 

@@ -1,9 +1,10 @@
-"""Are these two answers the same? Exact: no eval, no sympy, no rounding; bounded time, never an exception.
+"""Are these two answers the same? Exact: no eval, sympy or rounding; bounded time, no exceptions.
 
-What is written as a rational number is compared as a fraction: 1,000 = 1000, 0.5 = 1/2 = \\frac{1}{2} = 50%. Sums and
-products are not worked out: to "What is 25 + 49?" the answer "25 + 49" is none. Everything else is compared as a string
-in which what has no meaning is gone: spaces, \\left, dollar signs, the order of a sum's terms or of a set.
-More of LaTeX (\\sqrt{8} = 2\\sqrt{2}) is Math-Verify's: math_verifier.py.
+What is written as a rational number is compared as a fraction: 1,000 = 1000, 0.5 = 1/2 =
+\\frac{1}{2} = 50%. Sums and products are not worked out: to "What is 25 + 49?" the answer "25 + 49"
+is none. Everything else is compared as a string in which what has no meaning is gone: spaces,
+\\left, dollar signs, the order of a sum's terms or of a set.
+More of LaTeX (\\sqrt{8} = 2\\sqrt{2}) is Math-Verify's: `math_equality.py`.
 """
 
 import re
@@ -11,52 +12,61 @@ from fractions import Fraction
 
 LONGEST = 300  # characters of a stated answer; a longer one is wrong
 
+# fmt: off
 LEAD_IN = re.compile(
-    r"^(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?answer is:? |\.? I hope it is correct\.?$", re.IGNORECASE
-)
-WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|boxed|fbox|mbox)\s?\{([^{}]*)\}")
+    r"^(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?answer is:? |"
+    r"\.? I hope it is correct\.?$", re.IGNORECASE)
+WRAPPER = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|boxed|fbox|mbox)\s?"
+    r"\{([^{}]*)\}")
 NOISE = re.compile(
-    r"(?<!\\)\\(?:left(?![a-z])|right(?![a-z])|[,;:! ()\[\]]|(?:q?quad|displaystyle|large|Large|bf|rm|checkmark|square|blacksquare)(?![a-z])|(?=[%$#&]))|\*\*|__|[$`~£€₹¥\x22“”✅✓✔]"
-)
-NO_UNIT = "is|or|and|but|not|to|pi|percent|dozen|hundred|thousand|[mb]illion|trillion|factorial|squared|cubed|modulo|mod|base|[ap]m|k|bn|lakh|halves|thirds|(?:four|fif|six|seven|eigh|nin|ten)ths|plus|minus|divided|below|in binary"
+    r"(?<!\\)\\(?:left(?![a-z])|right(?![a-z])|[,;:! ()\[\]]|(?:q?quad|displaystyle|large|Large|bf|"
+    r"rm|checkmark|square|blacksquare)(?![a-z])|(?=[%$#&]))|\*\*|__|[$`~£€₹¥\x22“”✅✓✔]")
+NO_UNIT = (  # a word after a number that changes what it means
+    r"is|or|and|but|not|to|pi|percent|dozen|hundred|thousand|[mb]illion|trillion|factorial|squared|"
+    r"cubed|modulo|mod|base|[ap]m|k|bn|lakh|halves|thirds|(?:four|fif|six|seven|eigh|nin|ten)ths|"
+    r"plus|minus|divided|below|in binary")
 UNIT = re.compile(
     r"(?<=[\d)}])\s*(?:(?:\^?\{?\\circ\}?|°)\s?[CF]?|"
-    rf"(?:(?-i: [mgsLh](?:/[sh])?|[ckm]m|k?m/h|m/s|kg|mL|mph|ft|hours)|(?: (?!(?:{NO_UNIT})\b)[A-Za-z]{{2,}}(?:/[A-Za-z]+)?){{1,3}})(?:\s?(?:\^\s?\{{?\d\}}?|²|³))?)$",
-    re.IGNORECASE,
-)
+    r"(?:(?-i: [mgsLh](?:/[sh])?|[ckm]m|k?m/h|m/s|kg|mL|mph|ft|hours)|"
+    rf"(?: (?!(?:{NO_UNIT})\b)[A-Za-z]{{2,}}(?:/[A-Za-z]+)?){{1,3}})"
+    r"(?:\s?(?:\^\s?\{?\d\}?|²|³))?)$", re.IGNORECASE)
 TEXT_UNIT = re.compile(
-    rf"(?<=[\d)}}i])(?:(?:\s|\\[,; ]|~|/)*\\(?:text|mathrm|mbox|textrm)\s?\{{[\s~]*(?!(?:{NO_UNIT})\b)[A-Za-z][A-Za-z ./'’]*\}}(?:\^\s?\{{?-?\d\}}?)?){{1,3}}$"
-)
+    r"(?<=[\d)}i])(?:(?:\s|\\[,; ]|~|/)*\\(?:text|mathrm|mbox|textrm)\s?"
+    rf"\{{[\s~]*(?!(?:{NO_UNIT})\b)[A-Za-z][A-Za-z ./'’]*\}}(?:\^\s?\{{?-?\d\}}?)?){{1,3}}$")
 THOUSANDS = re.compile(r"(?<![\d.(])[+-]?\d{1,3}(?:,\d{3})+(?!\d)")
 LATEX_FRACTION = re.compile(r"\\frac\s?(?:\{([^{}]+)\}|(\d))\s?(?:\{([^{}]+)\}|(\d))")
-NUMBER = re.compile(
-    r"([+-]?)(?:(\d{1,100})\s+)?([+-]?(?:\d{1,100}(?:\.\d{0,100})?|\.\d{1,100}))(?:/([+-]?\d{1,100}(?:\.\d{1,100})?))?(%?)"
+NUMBER = re.compile(  # sign, whole, numerator, denominator, percent, and a power of ten
+    r"([+-]?)(?:(\d{1,100})\s+)?([+-]?(?:\d{1,100}(?:\.\d{0,100})?|\.\d{1,100}))"
+    r"(?:/([+-]?\d{1,100}(?:\.\d{1,100})?))?(%?)"
     r"(?:(?:\*|×|\\times|\\cdot)10\^(?:\{([+-]?\d{1,3})\}|([+-]?\d{1,3}))|e([+-]?\d{1,3}))?",
-    re.ASCII,
-)
+    re.ASCII)
 SENTENCE = re.compile(
-    r"(?!.*\b(?:not|no|never|isn't|wrong|if|or|but|maybe|negative|minus|root|half|twice|double|log|(?:than|between|about|around|approximately|over|under|up to|"
+    r"(?!.*\b(?:not|no|never|isn't|wrong|if|or|but|maybe|negative|minus|root|half|twice|double|log|"
+    r"(?:than|between|about|around|approximately|over|under|up to|"
     r"least|most|times|plus|less)(?=\s\d))\b)(?:[A-Za-z][A-Za-z'’, ]*?:?\s)?([+-]?[\d.,/%]+)"
-    rf"(?: (?!(?:{NO_UNIT})\b)[A-Za-z'’-]+(?: [A-Za-z'’-]+){{0,10}})?", re.IGNORECASE
-)  # fmt: skip
-SYMBOL = (  # what may be set equal to an answer: x, x_1, f(2), f^{-1}(x), AB, \\angle A, \\theta, |z|, \\frac{m}{n}, \\cos A
-    r"(?:(?:\\(?:angle|triangle|cos|sin|tan)|m(?=\s?\\angle))\s?)*(?:\|[A-Za-z]\||\\frac\{[A-Za-z]\}\{[A-Za-z]\}|"
-    r"(?:[A-Za-z]{1,12}|\\(?:theta|alpha|beta|gamma|phi|lambda|mu|sigma|omega|Delta))'?(?:_(?:[{(]\w{1,9}[)}]|\w)|\^[{(]-1[)}])?(?:\([^()]{1,20}(?:\([^()]{1,20}\))?\)){0,2})"
-)
-LEFT = re.compile(
-    rf"(?!.*\b(?:not|or|and|if)\b)(?:[A-Za-z][A-Za-z ]{{0,60}}|{SYMBOL}(?:\s?[+-]\s?{SYMBOL}){{0,4}}|(?:[\d\s+*/().,^×÷{{}}-]|(?<=\d) ?x ?(?=\d)|\\(?:times|cdot|div|frac)(?![a-z]))*)"
-)
+    rf"(?: (?!(?:{NO_UNIT})\b)[A-Za-z'’-]+(?: [A-Za-z'’-]+){{0,10}})?", re.IGNORECASE)
+SYMBOL = (  # what may be set equal: x, x_1, f(2), f^{-1}(x), AB, |z|, \frac{m}{n}, \angle A, \cos A
+    r"(?:(?:\\(?:angle|triangle|cos|sin|tan)|m(?=\s?\\angle))\s?)*"
+    r"(?:\|[A-Za-z]\||\\frac\{[A-Za-z]\}\{[A-Za-z]\}|"
+    r"(?:[A-Za-z]{1,12}|\\(?:theta|alpha|beta|gamma|phi|lambda|mu|sigma|omega|Delta))'?"
+    r"(?:_(?:[{(]\w{1,9}[)}]|\w)|\^[{(]-1[)}])?(?:\([^()]{1,20}(?:\([^()]{1,20}\))?\)){0,2})")
+LEFT = re.compile(  # what may stand to the left of an equals sign
+    r"(?!.*\b(?:not|or|and|if)\b)(?:[A-Za-z][A-Za-z ]{0,60}|"
+    rf"{SYMBOL}(?:\s?[+-]\s?{SYMBOL}){{0,4}}|"
+    r"(?:[\d\s+*/().,^×÷{}-]|(?<=\d) ?x ?(?=\d)|\\(?:times|cdot|div|frac)(?![a-z]))*)")
 ASSIGNED = re.compile(r"(?:^|, ?| (?:or|and) )([A-Za-z])\s?=")
+# fmt: on
 
 
 def normalise(answer):
-    """A stated answer without what does not change its meaning: markdown, dollars, spacing, wrappers, a last period."""
+    """An answer without what has no meaning: markdown, dollars, spaces, wrappers, last dot."""
     answer = TEXT_UNIT.sub("", answer.strip().rstrip(".$ \\;"))
     answer = re.sub(r"(?<=\d)\\[,;](?=\d{3})|\\!", "", answer)  # 10\,000 and 10,\!000
-    answer = re.sub(r"\\[dtc](frac|binom)", r"\\\1", re.sub("[\u2212\u2013]", "-", answer.replace("{,}", ",")))
-    answer = re.sub(
-        r"(?<![\w}\]^_ ])\{([\d.]{1,20})\}", r"\1", re.sub(r"\\\\\[[\w.]{1,8}\]", r"\\\\", answer)
-    )  # {18}, and a matrix's \\[4pt]
+    answer = re.sub("[\u2212\u2013]", "-", answer.replace("{,}", ","))
+    answer = re.sub(r"\\[dtc](frac|binom)", r"\\\1", answer)
+    answer = re.sub(r"\\\\\[[\w.]{1,8}\]", r"\\\\", answer)  # a matrix's \\[4pt]
+    answer = re.sub(r"(?<![\w}\]^_ ])\{([\d.]{1,20})\}", r"\1", answer)  # {18}
     for _ in range(3):  # wrappers nest: \boxed{\text{…}}
         answer = WRAPPER.sub(r" \1", answer)
     answer = LEAD_IN.sub("", " ".join(NOISE.sub(" ", answer).split()))
@@ -67,7 +77,7 @@ def normalise(answer):
 def rational(answer):
     """The number that a normalised answer is written as, as a Fraction, or None.
 
-    Integers, decimals, a/b, \\frac{a}{b}, mixed numbers, percentages, thousands separators, a·10^n, `x = 5`, `2 + 3 = 5`, units.
+    Decimals, fractions, mixed numbers, percentages, 1,000, a·10^n, `x = 5`, `2+3 = 5`, units.
     """
     *names, answer = split_outside(answer, "=")
     if len(names) > 8 or not all(LEFT.fullmatch(name.strip()) for name in names):
@@ -88,19 +98,21 @@ def rational(answer):
     value = Fraction(numerator) / Fraction(denominator or 1) + Fraction(whole or 0)
     value *= Fraction(10) ** int(next(filter(None, powers), 0))
     value = (-value if sign == "-" else value) / (100 if percent else 1)
-    return value if all(rational(name) in (None, value) for name in names) else None  # not "17 = 18"
+    agrees = all(rational(name) in (None, value) for name in names)  # not "17 = 18"
+    return value if agrees else None
 
 
 def equal(stated, reference):
     """Whether two stated answers are the same number or, where neither is one, the same expression.
 
-    A percentage equals its fraction and, as the answer to "how many percent", the number before the sign.
+    A percentage equals its fraction and, where a percentage is asked for, the number before "%".
     """
     stated, reference = normalise(stated), normalise(reference)
     reference_number = rational(reference)
     exact, about, rounded = stated.replace("\\approx", "≈").partition("≈")
     if about:  # √51 ≈ 7.14 is √51 and, where a number is asked for, 7.14
-        stated = (rounded if not exact.strip() or reference_number is not None and rational(exact.strip()) is None else exact).strip()
+        asked_for = reference_number is not None and rational(exact.strip()) is None
+        stated = (rounded if asked_for or not exact.strip() else exact).strip()
     number = rational(stated)
     names, reference_names = set(ASSIGNED.findall(stated)), set(ASSIGNED.findall(reference))
     if names and reference_names and names != reference_names:
@@ -118,10 +130,11 @@ def equal(stated, reference):
 
 
 def number_said(answer):
-    """The number of "34. This is because …", "34 (thirty-four)", "(B) 34" or "She has 34 apples", as a Fraction, or None."""
+    """The number of "34. That is …", "34 (thirty)", "(B) 34" or "She has 34 apples", or None."""
     answer = re.sub(r"^\(?[A-E]\)\s?", "", answer)
     first = re.split(r"[.;,] (?=[A-Z])|,? (?:because|since) | - (?=[A-Za-z]{2} ?)| \(", answer)[0]
-    if re.match(r"\W*(?:or|and|not|no|wait|actually|maybe|perhaps)\b", answer[len(first) :], re.IGNORECASE):
+    second = r"\W*(?:or|and|not|no|wait|actually|maybe|perhaps)\b"
+    if re.match(second, answer[len(first) :], re.IGNORECASE):
         return None
     values = {rational(value) for value in re.split(r",? or ", first)}  # "3/4 or 0.75"
     if len(values) == 1 and None not in values:
@@ -131,47 +144,56 @@ def number_said(answer):
 
 
 def chosen(answer):
-    """The letter of a multiple choice: (C), C, "C) 34", "Option C", "C because …", or None where another one is named too."""
-    letter = re.match(r"(?:(?:option|choice) )?\(?((?-i:[A-J]))(?:\)|[.:]|$|,? (?:because|since|-) )", answer, re.IGNORECASE)
-    return letter[1] if letter and not re.search(r"\bor\b|(?<![A-Za-z])[A-J](?:\)|[.:]|$)", answer[letter.end() :]) else None
+    """The letter of (C), C, "C) 34", "Option C", "C because …", or None if another is named too."""
+    first = r"(?:(?:option|choice) )?\(?((?-i:[A-J]))(?:\)|[.:]|$|,? (?:because|since|-) )"
+    second = r"\bor\b|(?<![A-Za-z])[A-J](?:\)|[.:]|$)"
+    letter = re.match(first, answer, re.IGNORECASE)
+    return letter[1] if letter and not re.search(second, answer[letter.end() :]) else None
 
 
-SPELLINGS = tuple(
-    (re.compile(pattern), to)
-    for pattern, to in (
-        (r"\\(?:leq?|leqslant)(?![a-z])", "≤"), (r"\\(?:geq?|geqslant)(?![a-z])", "≥"), (r"\\neq?(?![a-z])", "≠"),
-        (r"\\?infty(?![a-z])|\b[Ii]nfinity\b", "∞"), (r"(?<![\w)}∞])\s?\+\s?∞", "∞"), (r"\\pi(?![a-z])|(?<![A-Za-z])pi(?![a-z])", "π"), (r"\\cup(?![a-z])", "∪"),
-        (r"\\(?:cdot|times)(?![a-z])", "*"), (r"\\pm(?![a-z])", "±"), (r"\\(?:emptyset|varnothing)(?![a-z])", "∅"), (r"\\[lr]vert(?![a-z])", "|"), (r"\\[lc]?dots", "…"),
-        (r"\\\{|\\lbrace", "⟨"), (r"\\\}|\\rbrace", "⟩"), (r"\\[bv]?circ(?![a-z])", "°"), (r"\^\{?°\}?", "°"),
-        (r"(begin|end)\{bmatrix\}", r"\1{pmatrix}"), (r"\(\s?\\begin\{(?:array\}\{[clr|]*|matrix)\}", r"\\begin{pmatrix}"), (r"\\end\{(?:array|matrix)\}\s?\)", r"\\end{pmatrix}"),
-        (r"\\?sqrt(?![a-z])", "√"), (r",? (?:or|and) ", ","), (r"\\(sin|cos|tan|cot|sec|csc|ln|log)\((\w{1,3})\)(?![\w(^])", r"\\\1 \2"),
-        (r"\\frac\s?(\w)\s?(\w)", r"\\frac{\1}{\2}"), (r"\\frac\s?(\w)\s?\{", r"\\frac{\1}{"), (r"([\^_√])\s?(\d+|\w)", r"\1{\2}"),
-    )
-)  # fmt: skip
+SPELLINGS = tuple((re.compile(pattern), to) for pattern, to in (
+    (r"\\(?:leq?|leqslant)(?![a-z])", "≤"), (r"\\(?:geq?|geqslant)(?![a-z])", "≥"),
+    (r"\\neq?(?![a-z])", "≠"), (r"\\?infty(?![a-z])|\b[Ii]nfinity\b", "∞"),
+    (r"(?<![\w)}∞])\s?\+\s?∞", "∞"), (r"\\pi(?![a-z])|(?<![A-Za-z])pi(?![a-z])", "π"),
+    (r"\\cup(?![a-z])", "∪"), (r"\\(?:cdot|times)(?![a-z])", "*"), (r"\\pm(?![a-z])", "±"),
+    (r"\\(?:emptyset|varnothing)(?![a-z])", "∅"), (r"\\[lr]vert(?![a-z])", "|"),
+    (r"\\[lc]?dots", "…"), (r"\\\{|\\lbrace", "⟨"), (r"\\\}|\\rbrace", "⟩"),
+    (r"\\[bv]?circ(?![a-z])", "°"), (r"\^\{?°\}?", "°"),
+    (r"(begin|end)\{bmatrix\}", r"\1{pmatrix}"),
+    (r"\(\s?\\begin\{(?:array\}\{[clr|]*|matrix)\}", r"\\begin{pmatrix}"),
+    (r"\\end\{(?:array|matrix)\}\s?\)", r"\\end{pmatrix}"), (r"\\?sqrt(?![a-z])", "√"),
+    (r",? (?:or|and) ", ","),
+    (r"\\(sin|cos|tan|cot|sec|csc|ln|log)\((\w{1,3})\)(?![\w(^])", r"\\\1 \2"),
+    (r"\\frac\s?(\w)\s?(\w)", r"\\frac{\1}{\2}"), (r"\\frac\s?(\w)\s?\{", r"\\frac{\1}{"),
+    (r"([\^_√])\s?(\d+|\w)", r"\1{\2}"),
+))  # fmt: skip
 SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")  # one between two digits separates two numbers
 NAME = re.compile(rf"\s*(?:{SYMBOL}|\((?:\s*[A-Za-z]\s*,?){{2,4}}\))\s*(?:=|\\in(?![a-z]))\s*")
 FACTOR = r"(?:[A-Za-zπ](?:\^\([^()]*\))?|√\([^()]*\))"
 
 
 def expression(answer):
-    """What is no number, as the one string of all that mean it. The items of a list are read as answers of their own;
-    a list and a set have no order, a tuple and an interval have."""
+    """What is no number, as the one string of all that mean it. The items of a list are read as
+    answers of their own; a list and a set have no order, a tuple and an interval have."""
     for pattern, to in SPELLINGS:
         answer = pattern.sub(to, answer)
     if re.fullmatch(r"(?=(?i:no)$|.*[A-Za-z]{3})[A-Za-z0-9' .:-]*", answer):
         return " ".join(answer.casefold().split())  # words
     answer = SPACE.sub("", answer)
+    fraction = r"\\frac\{([^{}]*)\}(?:\{([^{}]*)\}|(\w))"
     for _ in range(20):  # from the innermost braces outwards; each round removes one
         before = answer
-        answer = re.sub(r"\\frac\{([^{}]*)\}(?:\{([^{}]*)\}|(\w))", lambda m: f"({m[1]})/({m[2] or m[3]})", answer)
+        answer = re.sub(fraction, lambda m: f"({m[1]})/({m[2] or m[3]})", answer)
         answer = re.sub(r"([\^√_])\{([^{}]*)\}", r"\1(\2)", answer)
         if answer == before:
             break
     answer = re.sub(r"(?<![\w)√^_/+*±-])\(-(\w*(?:√\([^()]*\))?)\)/", r"-\1/", answer)
-    answer = re.sub(r"(?<=/)\((\d+|\w|√\([^()]*\))\)|(?<![\w)√^_/])\((\w*(?:[√^]\([^()]*\))?)\)(?=/)", lambda m: m[1] or m[2] or "", answer)
+    single = r"(?<=/)\((\d+|\w|√\([^()]*\))\)|(?<![\w)√^_/])\((\w*(?:[√^]\([^()]*\))?)\)(?=/)"
+    answer = re.sub(single, lambda m: m[1] or m[2], answer)
     answer = re.sub(r"(?<=\w)\*(?=[^\d])", "", answer)
     answer = re.sub(r"(?<![A-Za-z])i(√\([^()]*\))", r"\1i", answer)
-    answer = re.sub(rf"(?<![\w.)^/])(\d+)/(\d+)({FACTOR}+)(?![\w(√^/])", lambda m: f"{m[1] if m[1] != '1' else ''}{m[3]}/{m[2]}", answer)
+    factor = rf"(?<![\w.)^/])(\d+)/(\d+)({FACTOR}+)(?![\w(√^/])"  # 5/9x is 5x/9
+    answer = re.sub(factor, lambda m: f"{m[1] if m[1] != '1' else ''}{m[3]}/{m[2]}", answer)
     answer = re.sub(r"\(([^(),]*)\)", lambda m: f"({sum_of(m[1])})", answer)
     if "∪" in answer:
         return "∪".join(sorted(expression(part) for part in answer.split("∪")))
@@ -179,7 +201,8 @@ def expression(answer):
         answer = answer.replace("±", "+") + "," + answer.replace("±", "-")
     if len(items := sorted(split_outside(answer, ","))) > 1:
         said = [item_of(item) for item in items]  # of x = 1, y = 2 in the order of the names
-        return "⟨" + ",".join(said if len({name[0][0] for item in items if (name := NAME.match(item))}) > 1 else sorted(said)) + "⟩"
+        names = {name[0][0] for item in items if (name := NAME.match(item))}
+        return "⟨" + ",".join(said if len(names) > 1 else sorted(said)) + "⟩"
     answer = NAME.sub("", answer, count=1) if NAME.match(answer) else answer
     if answer[:1] in ("(", "[", "⟨") and answer[-1:] in (")", "]", "⟩") and closes_last(answer):
         items = [item_of(item) for item in split_outside(answer[1:-1], ",")]
@@ -198,13 +221,17 @@ def sum_of(text):
     """A sum with its terms in order, and those of the factors (x+1)(x-1) of each: b + a → +a+b."""
     terms = split_outside(re.sub(r"(?<=[^\s+(\[,^*/±-])([+-])", "\0\\1", text), "\0")
     terms = [product_of(term) for term in terms if term]
-    return "".join(terms) if len(terms) < 2 else "".join(sorted(term if term[0] in "+-" else "+" + term for term in terms))
+    if len(terms) > 1:
+        terms = sorted(term if term[0] in "+-" else "+" + term for term in terms)
+    return "".join(terms)
 
 
 def product_of(text):
     """(x+5)(x-5) → (x-5)(x+5)"""
     match = re.fullmatch(r"([^()√]*(?<![fghPQ_^/]))((?:\([^()]*\)(?:\^\([^()]*\))?){2,6})", text)
-    return match[1] + "".join(sorted(re.findall(r"\([^()]*\)(?:\^\([^()]*\))?", match[2]))) if match else text
+    if match is None:
+        return text
+    return match[1] + "".join(sorted(re.findall(r"\([^()]*\)(?:\^\([^()]*\))?", match[2])))
 
 
 def split_outside(text, separator):

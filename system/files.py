@@ -1,0 +1,146 @@
+"""Problems from .jsonl, .json, .csv and .parquet files, and from data sets of the hub.
+
+A row of a file is one problem. These pairs of fields are understood, the first that a row has:
+
+    problem, answer         as it is
+    question, answer        GSM8K: the answer is what follows the last ####
+    input, target           MAWPS: a number such as 14.0
+    prompt, reward_model    DAPO-Math-17k: chat messages, and ground_truth in reward_model
+
+Chat messages are a whole prompt, with their own wording: --prompt_template does not touch them.
+"""
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+
+from system.run import BadInput
+
+KINDS = (".jsonl", ".json", ".csv", ".parquet")
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@(\w+))?")  # OWNER/NAME:CONFIG@SPLIT
+
+
+FIELDS = (("problem", "answer"), ("question", "answer"), ("input", "target"),
+          ("prompt", "reward_model"))  # fmt: skip
+
+
+def load_problems(path):
+    """Problems from a .jsonl, .json, .csv or .parquet file, or the hub: OWNER/NAME:CONFIG@SPLIT.
+
+    Returns: a list of {"problem": str, "answer": str, "where": str}, with "messages" where the
+    prompt is a list of chat messages. Raises: BadInput that names the file, and the bad row.
+    """
+    problems = [{"where": where} | problem_of(row, where) for where, row in rows_of(str(path))]
+    if not problems:
+        raise BadInput(f"{path} holds no problems")
+    return problems
+
+
+def problem_of(row, where):
+    """One row of a file → {"problem", "answer"}, maybe "messages". Raises: BadInput."""
+    pairs = [pair for pair in FIELDS if isinstance(row, dict) and row.keys() >= set(pair)]
+    if not pairs:
+        has = f"has {', '.join(map(str, row))}" if isinstance(row, dict) else "is no object"
+        wanted = ", or ".join(" and ".join(pair) for pair in FIELDS)
+        raise BadInput(f"{where}: wants the fields {wanted}; {has}"[:400])
+    name, answer_name = pairs[0]
+    text, answer, messages = row[name], row[answer_name], None
+    if answer_name == "reward_model":
+        answer_name = "reward_model.ground_truth"
+        answer = answer.get("ground_truth") if isinstance(answer, dict) else None
+        messages, text = text, ""
+        if isinstance(messages, list) and messages and all(map(is_message, messages)):
+            text = "\n\n".join(message["content"] for message in messages)
+            messages = [{n: message[n] for n in ("role", "content")} for message in messages]
+        else:
+            said = "must be a list of chat messages, each with role and content"
+            raise BadInput(f'{where}: "prompt" {said}')
+    if not isinstance(text, str) or not text.strip():
+        raise BadInput(f'{where}: "{name}" must be a text, and not empty')
+    if name == "question" and isinstance(answer, str):
+        answer = answer.rpartition("####")[2].strip()
+    usable = isinstance(answer, (str, int, float)) and not isinstance(answer, bool)
+    finite = not isinstance(answer, float) or math.isfinite(answer)
+    if not usable or not finite or not str(answer).strip():
+        raise BadInput(f'{where}: "{answer_name}" must be a text or a number, and not empty')
+    problem = {"problem": text, "answer": str(answer)}
+    return problem | {"messages": messages} if messages else problem
+
+
+def is_message(message):
+    """Whether it is a chat message."""
+    texts = ("role", "content")
+    return isinstance(message, dict) and all(isinstance(message.get(n), str) for n in texts)
+
+
+def rows_of(path):
+    """Yields (where it stands, row). No row is skipped but blank lines.
+
+    Raises: BadInput that names the file, and the line where one is no JSON or CSV.
+    """
+    kind, is_file, name = Path(path).suffix, Path(path).is_file(), HUB_NAME.fullmatch(path)
+    if not is_file and (kind in KINDS or not name):
+        nor = "" if kind in KINDS else ", and no hub name (OWNER/NAME:CONFIG@SPLIT)"
+        raise BadInput(f"cannot read the problems {path}: no such file{nor}")
+    if is_file and kind not in (".csv", ".json", ".parquet"):
+        yield from rows_of_jsonl(path)
+    elif kind == ".csv":
+        reader = csv.DictReader(text_of(path).splitlines(keepends=True), strict=True)
+        try:
+            yield from ((f"{path}, line {reader.line_num}", row) for row in reader)
+        except csv.Error as error:
+            raise BadInput(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+    else:
+        rows = rows_of_json(path) if kind == ".json" else rows_by_datasets(path, is_file, name)
+        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def text_of(path):
+    """A text file. Raises: BadInput."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise BadInput(f"cannot read the problems {path}: {said}") from None
+
+
+def parsed(text, where):
+    """The JSON in a text. Raises: BadInput."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{where}: not JSON ({error})") from None
+
+
+def rows_of_jsonl(path):
+    lines = text_of(path).split("\n")  # not splitlines: it cuts at U+2028 and others too
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield where, parsed(line, where)
+
+
+def rows_of_json(path):
+    rows = parsed(text_of(path), path)
+    if not isinstance(rows, list):
+        raise BadInput(f"{path}: wants a list of problems")
+    return rows
+
+
+def rows_by_datasets(path, is_file, name):
+    """The rows of a parquet file or, by its matched `name`, of a hub data set."""
+    try:
+        import datasets
+    except ImportError:
+        what = "is read" if is_file else "is no file; if it is a name on the hub, it is read"
+        said = f"{path} {what} by the package datasets: pip install datasets"
+        raise BadInput(said) from None
+    try:
+        if is_file:
+            return datasets.Dataset.from_parquet(path)
+        return datasets.load_dataset(name[1], name[2], split=name[3] or "train")
+    except Exception as error:  # no network, no such name or split, no parquet: the types are many
+        where = "" if is_file else ", which is no file, from the hub"
+        raise BadInput(f"cannot read the problems {path}{where}: {error}") from None

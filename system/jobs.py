@@ -1,0 +1,67 @@
+"""Scripts of this project run side by side, one core each."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from system.run import BadInput
+
+ROOT = Path(__file__).parent.parent
+
+
+def call(script, argv, log):
+    """Runs a script ("toy.py", or "lab.bias" for -m) on one core, its output into the file `log`.
+
+    Raises: BadInput with the last line of the log.
+    """
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
+    path = ROOT / script
+    command = [str(path)] if path.is_file() else ["-m", script]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with open(log, "a") as file:  # a resumed run goes on in the log of its first part
+        command = [sys.executable, *command, *map(str, argv)]
+        code = subprocess.run(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment
+        ).returncode
+    if code:
+        *_, last = ["", *Path(log).read_text().replace("\r", "\n").strip().split("\n")]
+        raise BadInput(f"{script} ended with exit code {code}, see {log}: {last}")
+
+
+def side_by_side(jobs, workers):
+    """Runs functions without arguments, `workers` at a time (0: as many as there are cores).
+
+    Args: jobs, {name: function}. Yields: (name, what it returned, BadInput or None), as they end.
+    """
+    known = hasattr(os, "sched_getaffinity")  # macOS has only cpu_count
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count()
+    pool = ThreadPoolExecutor(workers or cores)
+    names = {pool.submit(job): name for name, job in jobs.items()}
+    try:
+        for done in tqdm(as_completed(names), total=len(names), desc="runs"):
+            error = done.exception()
+            if error is not None and not isinstance(error, BadInput):
+                raise error
+            yield names[done], None if error else done.result(), error
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C waits for the runs, which it reaches too
+
+
+@contextmanager
+def locked(directory):
+    """While it lasts, no other process has the directory. Raises: BadInput if one has it."""
+    import fcntl  # not on Windows
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            said = "let it finish, or give another --runs and --out"
+            raise BadInput(f"another ablate.py is at work in {directory}: {said}") from None
+        yield

@@ -1,0 +1,114 @@
+"""Are these two answers the same, in general LaTeX (roots, π, intervals, sets)?
+
+    pip install math-verify      # optional: only for --verifier math_verify
+
+What equality.equal accepts is right; two numbers are compared by it alone, and a sum or product of
+numbers is not worked out (or "25 + 49" would be the answer to "What is 25 + 49?"). All else is
+Math-Verify's (github.com/huggingface/Math-Verify) to decide. It simplifies with sympy what a model
+wrote, which can take any time and memory: so a child process does it, and a verdict that takes too
+much of either is "wrong", and costs that child its life.
+"""
+
+import json
+import re
+import select
+import subprocess
+import sys
+
+if __name__ != "__main__":  # the child has no use for them
+    from system.equality import equal, normalise, rational
+
+ARITHMETIC = re.compile(
+    r"(?:[\d\s.,+*/()^×·÷{}!-]|\\(?:cdot|times|div|[dt]?frac|left|right))*")  # fmt: skip
+
+
+class MathEquality:
+    """equal(stated, reference) as equality.equal, and Math-Verify's beyond it.
+
+    Args: seconds, the longest that a verdict may take; megabytes, the most memory of the child
+    (not limited on macOS). Raises: BadInput if its process does not start.
+    """
+
+    def __init__(self, seconds=5.0, megabytes=2048):
+        self.seconds, self.megabytes, self.child = seconds, megabytes, None
+
+    def __call__(self, stated, reference):
+        if equal(stated, reference):
+            return True
+        normal, number = normalise(stated), rational(normalise(reference))
+        both_numbers = rational(normal) is not None or ARITHMETIC.fullmatch(normal)
+        return not (number is not None and both_numbers) and self.ask(stated, reference)
+
+    def ask(self, stated, reference):
+        """The child's verdict; False where it takes too long, or dies of it."""
+        if self.child is None:
+            self.start()
+        try:
+            self.child.stdin.write(json.dumps([stated, reference]).encode() + b"\n")
+            self.child.stdin.flush()
+            verdict = self.answer_within(self.seconds)
+        except BrokenPipeError:
+            verdict = None
+        if verdict is None:
+            self.close()  # the next question starts another
+        return verdict is True
+
+    def start(self):
+        command = [sys.executable, __file__, str(self.megabytes)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.child = subprocess.Popen(command, **pipes, start_new_session=True)  # no Ctrl-C for it
+        if self.answer_within(120) != "ready":  # it imports sympy first
+            self.close()
+            from system.run import BadInput
+
+            said = f"Math-Verify does not work in {self.megabytes} MB of memory, or not at all"
+            raise BadInput(f"{said}: try python -c 'import math_verify'")
+
+    def answer_within(self, seconds):
+        """The next line that the child writes, as JSON, or None if none comes in time."""
+        readable, _, _ = select.select([self.child.stdout], [], [], seconds)
+        line = self.child.stdout.readline() if readable else b""
+        return json.loads(line) if line else None
+
+    def close(self):
+        """Kills the child, if there is one."""
+        if self.child:
+            self.child.kill()
+            self.child.wait()
+            self.child.stdin.close()
+            self.child.stdout.close()
+            self.child = None
+
+    __del__ = close
+
+
+def serve(megabytes):
+    """The child: reads [stated, reference] a line, writes a verdict a line."""
+    import math_verify
+
+    if sys.platform != "darwin":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
+    how = {"boxed_match_priority": 0, "try_extract_without_anchor": False}
+    boxed = [math_verify.LatexExtractionConfig(**how)]
+
+    def read(answer):
+        how = {"fallback_mode": "no_fallback", "parsing_timeout": None}
+        return math_verify.parse(f"\\boxed{{{answer}}}", boxed, **how)
+
+    eight, roots = read("\\sqrt{8}"), read("2\\sqrt{2}")
+    works = math_verify.verify(eight, roots, timeout_seconds=None)  # in this memory too
+    print(json.dumps("ready" if works else "broken"), flush=True)
+    for line in sys.stdin:
+        try:
+            stated, reference = map(read, json.loads(line))
+            both = bool(stated and reference)
+            verdict = both and math_verify.verify(reference, stated, timeout_seconds=None)
+        except Exception:  # whatever sympy finds wrong with what a model wrote; out of memory too
+            verdict = False
+        print(json.dumps(bool(verdict)), flush=True)
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))

@@ -1,0 +1,265 @@
+"""The sampler: a fixed number of slots, which answers enter and leave.
+
+Prompts are read once and their cache copied for the samples; an answer that ends leaves its slot to
+one that waits, so short answers never wait for long ones. All slots write at one common column of
+the cache, `now`: a row that enters finds its prompt in the columns just before. Its tokens stand
+side by side, as with left padding, so that one copy serves all rows and the model's own masks,
+sliding windows too, are right as they are.
+
+Shapes: P prompts with G samples each, B = P·G rows; R slots, K columns of the cache; H heads, D
+width of a head; L prompt tokens, T response tokens, V vocabulary.
+"""
+
+import torch
+from transformers import Cache, DynamicCache, TopPLogitsWarper
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from system.loading import autocast
+from system.run import require
+
+STATIC_COLUMNS = 256  # the fewest that a compiled step looks at
+FIRST_COLUMNS = 64  # of the cache, beyond the longest prompt; the table doubles as answers need it
+COMPACT_BELOW = 0.75  # with no answer waiting, slots are given up when fewer than this are in use
+CACHED = 2**20  # numbers that `draw` works on at a time on a CPU
+BLOCK = 128  # words that `draw` counts together
+STEPS_UNSEEN = 8  # tokens between two looks at what has ended, where a look holds the device up
+
+
+def sample_in_slots(policy, prompts, samples, max_tokens, pick, generator, eos_N, slots, bar):
+    """`samples` answers to each prompt (token ids).
+
+    Args: pick, a function (logit_RV, generator) → (token_R, logp_R); eos_N, what ends an answer.
+    Returns: (token_BT, logp_BT, length_B, stop_B), columns past an answer's end undefined.
+    """
+    device, answers = policy.device, len(prompts) * samples
+    slots, steps_unseen = min(slots, answers), 1 if device.type == "cpu" else STEPS_UNSEEN
+    # One row more than there are answers: what slots without an answer write goes there.
+    token_BT = torch.zeros(answers + 1, max_tokens, dtype=torch.long, device=device)
+    logp_BT = torch.zeros(answers + 1, max_tokens, device=device)
+    length_B = torch.zeros(answers + 1, dtype=torch.long, device=device)
+    stop_B = torch.zeros(answers + 1, dtype=torch.bool, device=device)
+    row_R = torch.full((slots,), answers, device=device)  # which answer a slot writes
+    # A slot's last token, and where that stands.
+    last_R, position_R = torch.zeros(2, slots, dtype=torch.long, device=device)
+    longest_prompt = max(map(len, prompts))
+    cache, entered, read_from, read_to = None, 0, 0, 0
+    compiled = getattr(policy, "compiled", None)
+    static = static_columns(longest_prompt + max_tokens) if compiled else 0
+    while True:
+        free_R = (row_R == answers).nonzero()[:, 0]
+        while entered < answers and len(free_R):
+            if entered == read_to * samples:  # the next prompts, as many as could fill all slots
+                read_from, read_to = read_to, min(len(prompts), read_to + max(1, slots // samples))
+                read, prompt_PL, prompt_length_P = read_prompts(policy, prompts[read_from:read_to])
+                cache = cache or Slots(read, slots, longest_prompt - 1, static)
+            count = min(len(free_R), read_to * samples - entered)
+            enter_R, free_R = free_R[:count], free_R[count:]
+            row_R[enter_R] = torch.arange(entered, entered + count, device=device)
+            prompt_R = row_R[enter_R] // samples - read_from
+            last_R[enter_R] = prompt_PL[prompt_R, -1]
+            position_R[enter_R] = prompt_length_P[prompt_R] - 1
+            cache.enter(enter_R, read, prompt_R, prompt_length_P[prompt_R] - 1)
+            entered += count
+        for _ in range(steps_unseen):
+            cache.make_room(row_R < answers, longest_prompt)
+            if compiled:
+                torch.compiler.cudagraph_mark_step_begin()
+            with autocast(policy):
+                logit_RV = (compiled or policy)(
+                    input_ids=last_R[:, None], attention_mask=cache.mask(),
+                    position_ids=position_R[:, None], past_key_values=cache, use_cache=True,
+                ).logits[:, -1]  # fmt: skip
+            cache.advance()
+            last_R, logp_R = pick(logit_RV, generator)
+            t_R = length_B[row_R].clamp(max=max_tokens - 1)
+            token_BT[row_R, t_R], logp_BT[row_R, t_R] = last_R, logp_R
+            length_B[row_R] = t_R + 1
+            stop_B[row_R] = torch.isin(last_R, eos_N)
+            row_R = torch.where(stop_B[row_R] | (t_R + 1 == max_tokens), answers, row_R)
+            position_R = position_R + (row_R < answers)  # there may be no next position
+            length_B[answers] = 0
+        alive = int((row_R < answers).sum())
+        bar.update(entered - alive - bar.n)
+        if alive == 0 and entered == answers:
+            return token_BT[:-1], logp_BT[:-1], length_B[:-1], stop_B[:-1]
+        if not compiled and entered == answers and alive < COMPACT_BELOW * len(row_R):
+            keep = (row_R < answers).nonzero()[:, 0]
+            row_R, last_R, position_R = row_R[keep], last_R[keep], position_R[keep]
+            cache.keep(keep)
+
+
+def read_prompts(policy, prompts):
+    """(cache, prompt_PL, prompt_length_P): the prompts, read by the policy's trunk."""
+    prompt_PL, length_P = left_padded(prompts, policy.device)
+    width = prompt_PL.shape[1]
+    mask_PL = torch.arange(width, device=policy.device) >= width - length_P[:, None]
+    position_PL = (mask_PL.cumsum(dim=1) - 1).clamp(min=0)
+    read = DynamicCache()
+    with autocast(policy):
+        policy.base_model(input_ids=prompt_PL, attention_mask=mask_PL.long(),
+                          position_ids=position_PL, past_key_values=read, use_cache=True)  # fmt: skip
+    plain = all(type(layer) is DynamicLayer for layer in read.layers)
+    said = "keeps more than keys and values: sample with --engine hf"
+    require(plain, f"{type(policy).__name__} {said}")
+    return read, prompt_PL, length_P
+
+
+def left_padded(prompts, device):
+    """(prompt_PL, prompt_length_P): all end in the last column; the padding's id is masked."""
+    length_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    shape = len(prompts), int(length_P.max())
+    prompt_PL = torch.zeros(shape, dtype=torch.long, device=device)
+    for row_L, prompt in zip(prompt_PL, prompts):
+        row_L[len(row_L) - len(prompt) :] = torch.tensor(prompt, device=device)
+    return prompt_PL, length_P
+
+
+def static_columns(longest):
+    """Columns for a compiled step, for prompt and answer of `longest` tokens together: a power of
+    two, a quarter of which is free when the longest has ended, so that the table never doubles."""
+    return max(STATIC_COLUMNS, 1 << (4 * longest // 3).bit_length())
+
+
+def draw(logit_RV, generator, temperature=1.0, top_p=1.0):
+    """One token a row, and its log-prob at that temperature and top-p; 0: the most likely one.
+
+    The smallest token a with Σ_{v ≤ a} π_v > u,  u uniform in [0, 1): the inverse of the
+    distribution function, first over blocks of words, then within one. (`torch.multinomial` draws
+    a number for every word: 5 to 10 times slower at 50,000.)
+
+    Returns: (token_R, logp_R).
+    """
+    uniform_R = torch.zeros(len(logit_RV), device=logit_RV.device)
+    if temperature > 0:
+        how = {"generator": generator, "device": logit_RV.device, "dtype": torch.float64}
+        uniform_R = torch.rand(len(logit_RV), **how)
+
+    def some(logit_RV, uniform_R):
+        logit_RV = logit_RV.float() if temperature in (0, 1) else logit_RV.float() / temperature
+        if top_p < 1:
+            logit_RV = TopPLogitsWarper(top_p)(None, logit_RV)
+        if temperature == 0:
+            return torch.log_softmax(logit_RV, dim=-1).max(dim=-1)[::-1]
+        return inverse_distribution(logit_RV, uniform_R)
+
+    # On a CPU a few rows at a time: what fits into its cache is three times as fast.
+    parts = max(1, logit_RV.numel() // CACHED) if logit_RV.device.type == "cpu" else 1
+    pairs = zip(logit_RV.tensor_split(parts), uniform_R.tensor_split(parts))
+    return tuple(torch.cat(column_R) for column_R in zip(*[some(*pair) for pair in pairs]))
+
+
+def inverse_distribution(logit_RV, uniform_R):
+    """(token_R, logp_R): see `draw`; uniform_R float64."""
+    # In place where it can be: new memory costs more than exp.
+    weight_RV = (logit_RV - logit_RV.amax(dim=-1, keepdim=True)).exp_()
+    if missing := -weight_RV.shape[1] % BLOCK:
+        weight_RV = torch.nn.functional.pad(weight_RV, (0, missing))
+    weight_RNB = weight_RV.unflatten(1, (-1, BLOCK))
+    block_RN = weight_RNB.sum(dim=-1).double()
+    until_RN = block_RN.cumsum(dim=-1)
+    at_R1 = uniform_R[:, None] * until_RN[:, -1:]
+    chosen_R1 = torch.searchsorted(until_RN, at_R1, right=True).clamp(max=block_RN.shape[1] - 1)
+    # Within the block: which share of it is left to go. Sums round, so the share is kept below 1:
+    # no word of weight 0 is taken.
+    left_R1 = (until_RN.gather(1, chosen_R1) - at_R1) / block_RN.gather(1, chosen_R1)
+    share_R1 = (1 - left_R1).clamp(0, 1 - 1e-12)
+    chosen_R1B = chosen_R1[..., None].expand(-1, -1, BLOCK)
+    inner_RB = weight_RNB.gather(1, chosen_R1B)[:, 0].double().cumsum(dim=-1)
+    inner_R1 = torch.searchsorted(inner_RB, share_R1 * inner_RB[:, -1:], right=True)
+    token_R1 = chosen_R1 * BLOCK + inner_R1
+    logp_R1 = weight_RV.gather(1, token_R1).double().log() - until_RN[:, -1:].log()
+    return token_R1[:, 0], logp_R1[:, 0].float()
+
+
+class Slots(Cache):
+    """Keys and values of R slots in K columns, written in place; the columns in use are 0 to `now`, which is next.
+
+    A slot's tokens stand in columns start_R to now. When the columns run out, all rows move left to where the longest
+    begins; when that is not enough, the table doubles. With `static` columns, as many as can ever be needed, for a compiled
+    model: nothing of the table but its contents changes.
+    """
+
+    def __init__(self, read, slots, now, static=0):
+        columns = static or now + FIRST_COLUMNS
+        self.at_1 = torch.zeros(1, dtype=torch.long, device=read.layers[0].keys.device)
+        super().__init__(layers=[SlotLayer(layer, slots, columns, self.at_1, static) for layer in read.layers])
+        self.start_R, self.static = torch.full((slots,), now, device=self.at_1.device), static
+        self.move_to(now)
+
+    def move_to(self, now):
+        self.now, self.width = now, now + 1
+        if self.static:  # powers of two: each width is compiled, and there are few
+            self.width = max(STATIC_COLUMNS, 1 << now.bit_length())
+        self.at_1.fill_(now)
+        for layer in self.layers:
+            layer.now, layer.width = self.now, self.width
+
+    def enter(self, enter_R, read, prompt_R, length_R):
+        """Copies the first `length` tokens of prompts `prompt_R` of the cache `read` into the columns before `now`."""
+        for layer, source in zip(self.layers, read.layers):
+            width = source.keys.shape[2] - 1  # the last token of a prompt is the first that the row reads itself
+            layer.keys[enter_R, :, self.now - width : self.now] = source.keys[prompt_R, :, :width]
+            layer.values[enter_R, :, self.now - width : self.now] = source.values[prompt_R, :, :width]
+        self.start_R[enter_R] = self.now - length_R
+
+    def mask(self):
+        """mask_RK: 1 on the columns that a slot may see, `now` included."""
+        column_K = torch.arange(self.width, device=self.start_R.device)
+        return ((column_K >= self.start_R[:, None]) & (column_K <= self.now)).long()
+
+    def advance(self):
+        self.move_to(self.now + 1)
+
+    def make_room(self, alive_R, longest_prompt):
+        """Sees to it that there is a column `now`, and that a prompt would fit before it."""
+        columns = self.layers[0].keys.shape[2]
+        if self.now < columns:
+            return
+        unused = min(int(self.start_R[alive_R].min()) if alive_R.any() else self.now, self.now - longest_prompt)
+        if unused >= max(1, columns // 4):
+            for layer in self.layers:
+                layer.keys[:, :, :-unused] = layer.keys[:, :, unused:].clone()
+                layer.values[:, :, :-unused] = layer.values[:, :, unused:].clone()
+            self.start_R = (self.start_R - unused).clamp(min=0)
+            self.move_to(self.now - unused)
+        else:
+            for layer in self.layers:
+                layer.keys = torch.cat([layer.keys, torch.zeros_like(layer.keys)], dim=2)
+                layer.values = torch.cat([layer.values, torch.zeros_like(layer.values)], dim=2)
+
+    def keep(self, keep_R):
+        """Gives up all other slots."""
+        self.start_R = self.start_R[keep_R]
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[keep_R], layer.values[keep_R]
+
+
+class SlotLayer(CacheLayerMixin):
+    """One layer of `Slots`: keys and values [R, H, K, D]."""
+
+    is_sliding = False  # the window is the mask's business; all columns are kept
+
+    def __init__(self, like, slots, columns, at_1, static):
+        super().__init__()
+        self.keys, self.values = (x.new_zeros(slots, x.shape[1], columns, x.shape[3]) for x in (like.keys, like.values))
+        self.at_1, self.static, self.is_initialized = at_1, static, True
+        if static:  # a CUDA graph may write to them
+            for tensor in (self.keys, self.values, at_1):
+                torch._dynamo.mark_static_address(tensor)
+
+    def update(self, key_RH1D, value_RH1D, *args, **kwargs):
+        self.keys.index_copy_(2, self.at_1, key_RH1D)
+        self.values.index_copy_(2, self.at_1, value_RH1D)
+        return self.keys[:, :, : self.width], self.values[:, :, : self.width]
+
+    def get_mask_sizes(self, query_length):
+        return self.width, 0
+
+    def get_seq_length(self):
+        return self.at_1[0] if self.static else self.now
+
+    def get_max_length(self):
+        return -1
+
+    def lazy_initialization(self, key_states, value_states):
+        raise NotImplementedError("the columns are there from the start")
