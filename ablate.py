@@ -2,18 +2,16 @@
 
     python ablate.py                                # all rows, 5 seeds; stopped, it goes on
     python ablate.py --rows vapo dapo --seeds 0     # some of them
+    python ablate.py --rows added alpha             # PPO with one piece each; a sweep of α
     python ablate.py --rows tuning --seeds 100 101  # how the learning rates were chosen
-    python ablate.py --rows alpha                   # α of piece 3, which the paper does not sweep
-    python ablate.py --rows added                   # PPO with one of the seven pieces each
     python ablate.py --out runs/again/results --runs runs/again   # from nothing
     python ablate.py --quick                        # everything once in small: a smoke test
 
-1. One embedded world (WORLD), one reward model and one pretrained critic in it; every run with a
-   critic starts from one of them.
+1. One embedded world, one reward model and one pretrained critic in it, from which runs start.
 2. Each run is `python train_vapo.py` with one row's flags, on one core; a killed run is resumed, a
    finished one never repeated.
-3. A finished run's metrics.jsonl is copied to OUT/raw; all that is said is computed from those
-   files, by `python -m lab.report`: OUT/README.md and pictures.
+3. A finished run's metrics.jsonl is copied to OUT/raw. From those files alone `python -m lab.report`
+   writes OUT/README.md and the pictures.
 """
 
 import json
@@ -144,12 +142,11 @@ def prepare(runs, out, quick):
     settings = WORLD | (QUICK_WORLD if quick else {}) | {"out": world}
     jobs.call("toy.py", to_flags(settings), f"{world}.log")
     reward_model, answers = runs / "reward_model" / "critic", runs / "reward_model" / "answers.pt"
-    from_reward = {"init": reward_model}
+    value = VALUE | {"reuse_answers": answers}
     for name, own in (
-        ("reward_model", REWARD_MODEL | {"objective": "reward"}),
-        ("value", VALUE | {"reuse_answers": answers}),
-        ("value_from_reward_model", VALUE | {"reuse_answers": answers} | from_reward),
-    ):
+        ("reward_model", REWARD_MODEL | {"objective": "reward"}), ("value", value),
+        ("value_from_reward_model", value | {"init": reward_model}),
+    ):  # fmt: skip
         own |= (QUICK_VALUE if quick else {}) | {"device": "cpu", "out": runs / name}
         if not (runs / name / "critic").exists():
             print(f"fitting {name}: see {runs / name}.log", flush=True)

@@ -29,6 +29,9 @@ from system.run import Log, exit_on_bad_input, require, seeded_generator
 from system.settings import ABOVE_0_SHARE, AT_LEAST_1, flag
 from verifier import extract_answer
 
+TITLES = {"greedy_accuracy": "greedy accuracy", "length": "mean response length (tokens)",
+          "truncated": "share of truncated answers"}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Settings(flags.SamplingSettings):
@@ -43,10 +46,9 @@ class Settings(flags.SamplingSettings):
 
 
 def pass_at_k(correct, samples, k):
-    """1 − C(n−c, k)/C(n, k): the chance that k of n answers, c of them correct, hold a correct one
-    (arXiv 2107.03374).
+    """1 − C(n−c, k)/C(n, k): the chance that k of n answers, c of them correct, hold a correct one.
 
-    Unbiased over the draws of n answers, unlike 1 − (1 − c/n)^k.
+    Unbiased over draws of n answers, unlike 1 − (1 − c/n)^k (arXiv 2107.03374).
     Raises: AssertionError unless 1 ≤ k ≤ n and 0 ≤ c ≤ n.
     """
     assert 1 <= k <= samples and 0 <= correct <= samples
@@ -59,8 +61,7 @@ def majority(answers):
     Args: answers, texts, or None where no answer is stated; those do not vote.
     """
     votes = [None if answer is None else canonical(answer) for answer in answers]
-    counted = Counter(vote for vote in votes if vote is not None)
-    # The most common first; of equals, the first seen.
+    counted = Counter(vote for vote in votes if vote is not None)  # of equals, the first seen first
     return votes.index(counted.most_common(1)[0][0]) if counted else None
 
 
@@ -76,7 +77,9 @@ def evaluate(policy, tokenizer, problems, samples, settings, verify, temperature
            "sample_rows": settings.sample_rows}  # fmt: skip
     asked = (policy, tokenizer, problems)
     top_p = {"top_p": settings.eval_top_p}
-    rows = rollout.sample(*asked, samples, temperature=temperature, progress=progress, **top_p, **how)
+    rows = rollout.sample(
+        *asked, samples, temperature=temperature, progress=progress, **top_p, **how
+    )
     label = progress and progress + " (greedy)"
     greedy = rollout.sample(*asked, 1, temperature=0.0, progress=label, **how)
     rollout.judge(rows, tokenizer, problems, verify)
@@ -95,8 +98,7 @@ def evaluate(policy, tokenizer, problems, samples, settings, verify, temperature
 
 
 def problem_results(rows, tokenizer, problems, samples, bare_number=False):
-    """For each problem: how many answers are correct, what each states and how long it is, and the
-    majority's answer."""
+    """For each problem: what its answers state, how many are correct, the majority's answer."""
     texts, stops = table.texts(rows, tokenizer), rows["stop_B"].tolist()
     correct, lengths = rows["correct_B"].tolist(), rows["length_B"].tolist()
     stated = [extract_answer(t, bare_number) if ended else None for t, ended in zip(texts, stops)]
@@ -117,10 +119,8 @@ def problem_results(rows, tokenizer, problems, samples, bare_number=False):
 
 @torch.no_grad()
 def describe_samples(critic, tokenizer, problems, rows, samples):
-    """The first two answers to the first four problems, with the verdict and, of a critic, V at
-    every token."""
-    answers = range(min(4 * samples, len(rows["length_B"])))
-    index = [i for i in answers if i % samples < 2]
+    """Two answers to each of the first four problems, with verdict and, of a critic, V."""
+    index = [i for i in range(min(4 * samples, len(rows["length_B"]))) if i % samples < 2]
     part = table.take(rows, torch.tensor(index, device=rows["length_B"].device))
     value_BT = model.critic_values(critic, part) if critic else torch.zeros(len(index), 0)
     described = []
@@ -151,13 +151,9 @@ def evaluate_in_run(step, sampler, critic, tokenizer, problems, settings, verify
 
 def print_before_and_after(before, after, problems, settings):
     """A run's closing table."""
-    names = {
-        "accuracy": f"accuracy, avg@{settings.eval_samples} at T = 1",
-        "greedy_accuracy": "greedy accuracy", "length": "mean response length (tokens)",
-        "truncated": "share of truncated answers",
-    }  # fmt: skip
+    names = {"accuracy": f"accuracy, avg@{settings.eval_samples} at T = 1"}
     print(f"\n{f'{problems} test problems':36s} {'before':>8s} {'after':>8s}")
-    for name, title in names.items():
+    for name, title in (names | TITLES).items():
         print(f"{title:36s} {before[name]:8.3f} {after[name]:8.3f}")
 
 
@@ -168,11 +164,8 @@ def mean(values):
 
 @exit_on_bad_input
 def main(argv=None):
-    """Runs the script: the table with pass@k for k = 1, 2, 4 … --samples on the screen, the numbers
-    in OUT/metrics.jsonl, each problem's in results.jsonl, a few answers in samples.jsonl.
-
-    Returns: the metrics of `evaluate`, and "run_dir".
-    """
+    """Runs the script: a table on the screen, the numbers in OUT/metrics.jsonl, each problem's in
+    results.jsonl, a few answers in samples.jsonl. Returns: the metrics, and "run_dir"."""
     settings = flags.parse(Settings, argv, __doc__)
     distributed.start()
     defaults = toy.defaults("evaluate", settings.model)
@@ -193,16 +186,13 @@ def main(argv=None):
         (run_dir / "results.jsonl").write_text(lines)
 
     title = f"avg@{samples} at T = {settings.temperature:g}, top-p = {settings.eval_top_p:g}"
-    lines = [(title, metrics["accuracy"])]
+    lines = {title: metrics["accuracy"]}
     for k in sorted({2**i for i in range(1, samples.bit_length())} | {samples} - {1}):
         chances = [pass_at_k(result["correct"], samples, k) for result in results]
-        lines.append((f"pass@{k}", mean(chances)))
-    lines += [(f"maj@{samples}", metrics["majority"])]
-    lines += [("greedy accuracy", metrics["greedy_accuracy"])]
-    lines += [("mean response length (tokens)", metrics["length"])]
-    lines += [("share of truncated answers", metrics["truncated"])]
+        lines[f"pass@{k}"] = mean(chances)
+    lines[f"maj@{samples}"] = metrics["majority"]
     print(f"\n{len(results)} problems")
-    for title, value in lines:
+    for title, value in (lines | {TITLES[name]: metrics[name] for name in TITLES}).items():
         print(f"{title:36s} {value:8.3f}")
     print(f"\nrun directory: {run_dir}   (each problem: results.jsonl)")
     return metrics | {"run_dir": str(run_dir)}

@@ -1,4 +1,4 @@
-"""Advantages by GAE: terminal reward, length-adaptive λ, decoupling, whitening, explained variance.
+"""Advantages: terminal reward, GAE, length-adaptive and decoupled GAE, explained variance.
 
 Shapes: B rows, T response tokens; row i has `length_B[i]` tokens, then padding. `mask_BT` is 1 on
 the tokens of the response and 0 on the padding after them. γ is 1 in the papers.
@@ -31,9 +31,8 @@ def gae(reward_BT, value_BT, mask_BT, lam, gamma=1.0):
     Returns: adv_BT, 0 on padding even if that holds NaN; float32, or float64 for float64 values.
     Raises: AssertionError if the shapes differ, or if a row's mask is not ones followed by zeros.
     """
-    assert reward_BT.shape == value_BT.shape == mask_BT.shape, (
-        "reward, value and mask must have one shape [B, T]"
-    )
+    shapes = {reward_BT.shape, value_BT.shape, mask_BT.shape}
+    assert len(shapes) == 1, "reward, value and mask must have one shape [B, T]"
     on_BT = mask_BT.bool()
     assert (on_BT[:, 1:] <= on_BT[:, :-1]).all(), "mask must be ones followed by zeros in every row"
     dtype = torch.promote_types(value_BT.dtype, torch.float32)

@@ -112,16 +112,15 @@ class TokenLogprobs(torch.autograd.Function):
             inside_N, index_1N = where_taken(token_N, start, len(logit_SN))
             slope_1N = transform_slope(logit_SN.gather(0, index_1N), *transform)
             taken_1N = slope_1N * (grad_logp_N * inside_N)[None]  # the part of 1[v = a]
-            grads = (grad_logp_N, grad_entropy_N)
-            grad_SN = kernels[1](logit_SN, logsumexp_N, entropy_N, *grads, *transform)
+            known = (logsumexp_N, entropy_N, grad_logp_N, grad_entropy_N)
+            grad_SN = kernels[1](logit_SN, *known, *transform)
             grad_SN = grad_SN.scatter_add_(0, index_1N, taken_1N).to(dtype)
             grad_hidden_ND += grad_SN.T @ weight_SD
             if grad_weight_VD is not None:
                 grad_weight_VD[part] = grad_SN @ cast_ND
             if grad_bias_V is not None:
                 grad_bias_V[part] = grad_SN.float().sum(dim=1)
-        grad_hidden_ND = grad_hidden_ND.to(hidden_ND.dtype)
-        return grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None, None, None, None
+        return grad_hidden_ND.to(hidden_ND.dtype), grad_weight_VD, grad_bias_V, *[None] * 5
 
 
 def where_taken(token_N, start, words):
@@ -138,8 +137,6 @@ def token_logprobs(
 
     π = softmax(z),    log π(a|s) = z_a − logsumexp z,    H = logsumexp z − Σ_v π_v z_v
 
-    with z as in `logits`.
-
     Args: hidden_BTD, the states that predict token_BT; weight_VD and bias_V, the output matrix;
         temperature, the sampler's; scale and softcap, the model's own transform of its logits;
         kernels, `add_slice` and `slice_gradient` or their compiled forms; words, of a slice
@@ -148,11 +145,7 @@ def token_logprobs(
     """
     hidden_ND, token_N = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), token_BT.reshape(-1)
     words = min(len(weight_VD), words or max(1, SLICE // max(1, len(token_N))))
-    if not torch.is_grad_enabled():
-        keep = 0
-    elif keep is None:
-        keep = max(KEEP, weight_VD.numel())
-    transform = (temperature, scale, softcap)
-    how = (transform, kernels, words, keep)
+    keep = max(KEEP, weight_VD.numel()) if keep is None else keep
+    how = ((temperature, scale, softcap), kernels, words, keep if torch.is_grad_enabled() else 0)
     logp_N, entropy_N = TokenLogprobs.apply(hidden_ND, weight_VD, bias_V, token_N, *how)
     return logp_N.view_as(token_BT), entropy_N.view_as(token_BT)

@@ -21,8 +21,8 @@ from table import micro_batches, response_mask, response_tokens, take
 def set_up(settings, files, critics=(), policy=None):
     """What every script begins with; bad input is found before any long work.
 
-    Args: files, of problems; critics, directories that are checked, "fit" and "" left out; policy,
-    where the caller has it. Returns: (policy, tokenizer, [the problems of each file]).
+    Args: files, of problems; critics, directories to check; policy, where the caller has it.
+    Returns: (policy, tokenizer, [the problems of each file]).
     """
     device = pick_device(settings.device)
     torch.manual_seed(settings.seed)

@@ -37,10 +37,8 @@ def verifier_of(settings):
 def collect(sampler, tokenizer, problems, verify, settings, generators, progress):
     """The judged answers of one rollout: P prompts × G samples, or (piece 7 off) P·G × 1.
 
-    With --dynamic_sampling N: of groups neither all right nor all wrong, from at most N batches
-    (arXiv 2503.14476 §3.2).
-
-    Args: generators, {"order", "sample"}; progress, whose "queue" of problems moves on.
+    With --dynamic_sampling N, of groups neither all right nor all wrong, from at most N batches
+    (arXiv 2503.14476 §3.2). The queue of problems is in `progress`.
     Returns: (rows, {"accuracy", "answers", "generations"} of all that was drawn for them).
     Raises: BadInput when that many batches do not hold enough mixed groups.
     """
@@ -49,10 +47,9 @@ def collect(sampler, tokenizer, problems, verify, settings, generators, progress
     while kept < prompts:
         if settings.dynamic_sampling and len(correct) == settings.dynamic_sampling:
             said = f"found {kept} of {prompts} groups with right and wrong answers in"
-            raise BadInput(
-                f"dynamic sampling {said} {len(correct)} batches of them: the problems are too "
-                "easy or too hard for this policy by now; raise --dynamic_sampling, or take others"
-            )
+            said += f" {len(correct)} batches of them: the problems are too easy or too hard for"
+            said += " this policy by now; raise --dynamic_sampling, or take other problems"
+            raise BadInput(f"dynamic sampling {said}")
         rows = judged_batch(sampler, tokenizer, problems, verify, settings, generators, progress)
         correct.append(rows["correct_B"].float().mean().item())
         if settings.dynamic_sampling:
@@ -69,22 +66,28 @@ def collect(sampler, tokenizer, problems, verify, settings, generators, progress
 def judged_batch(sampler, tokenizer, problems, verify, settings, generators, progress):
     """One batch of judged answers to the next problems. DAPO punishes length beside the verdict."""
     prompts, samples = settings.rollout_shape()
-    asked = next_problems(len(problems), prompts, progress, generators["order"])
-    chosen = [problems[i] for i in asked]
-    with loading.on_device(sampler, settings):
-        rows = sample(sampler, tokenizer, chosen, samples, settings.response_length,
-                      settings.temperature, generators["sample"], settings.sample_rows,
-                      progress="sampling", engine=settings.engine)  # fmt: skip
-    rows["problem_B"] = torch.tensor(asked, device=rows["problem_B"].device)[rows["problem_B"]]
-    judge(rows, tokenizer, problems, verify, settings.reward_correct, settings.reward_wrong)
+    chosen = next_problems(len(problems), prompts, progress, generators["order"])
+    how = (samples, settings, generators["sample"], "sampling")
+    rows = judged(sampler, tokenizer, problems, chosen, verify, *how)
     if cache := round(settings.overlong * settings.response_length):
         length_B, longest = rows["length_B"], settings.response_length
         rows["reward_B"] += dapo.overlong_punishment(length_B, longest, cache)
     return rows
 
 
+def judged(sampler, tokenizer, problems, chosen, verify, samples, settings, generator, label):
+    """`samples` judged answers to each of the chosen problems (indices)."""
+    with loading.on_device(sampler, settings):
+        rows = sample(sampler, tokenizer, [problems[i] for i in chosen], samples,
+                      settings.response_length, settings.temperature, generator,
+                      settings.sample_rows, progress=label, engine=settings.engine)  # fmt: skip
+    rows["problem_B"] = rows["problem_B"].new_tensor(chosen)[rows["problem_B"]]
+    judge(rows, tokenizer, problems, verify, settings.reward_correct, settings.reward_wrong)
+    return rows
+
+
 def next_problems(problems, count, progress, generator):
-    """The next `count` indices of an endless shuffle of so many problems; the queue is in progress."""
+    """The next `count` indices of an endless shuffle of so many problems."""
     while len(progress["queue"]) < count:
         progress["queue"] += torch.randperm(problems, generator=generator).tolist()
     chosen, progress["queue"] = progress["queue"][:count], progress["queue"][count:]
@@ -100,11 +103,9 @@ def sample(
 
     In training nothing of the distribution is cut off (top-p = 1), so the log-probs are those of
     the update; below 1, the least likely tokens of together at most 1 − top_p are.
-
     Args: policy, what `sampler_of` returns; problems, dicts with "prompt" (token ids); max_tokens,
-        the longest response; generator, a torch.Generator on the policy's device; sample_rows,
-        answers side by side (the slots); progress, a tqdm label.
-    Returns: rows (table.py) without verdict and reward; `problem_B` counts the problems given.
+        the longest response; sample_rows, answers side by side; progress, a tqdm label.
+    Returns: rows (table.py) without verdict and reward; problem_B counts the problems given.
     """
     device, prompts = policy.device, [problem["prompt"] for problem in problems]
     together = getattr(policy, "tensor_parallel", 1)  # ranks that sample as one
@@ -163,7 +164,9 @@ def judge(rows, tokenizer, problems, verify=verify, reward_correct=1.0, reward_w
     mine = distributed.share(torch.arange(len(right_B), device=right_B.device))
     if len(mine):
         own = table.take(rows, mine)
-        answers = zip(table.texts(own, tokenizer), own["problem_B"].tolist(), own["stop_B"].tolist())
+        answers = zip(
+            table.texts(own, tokenizer), own["problem_B"].tolist(), own["stop_B"].tolist()
+        )
         verdicts = [ended and verify(text, problems[i]["answer"]) for text, i, ended in answers]
         right_B[mine] = torch.tensor(verdicts, dtype=torch.int, device=right_B.device)
     rows["correct_B"] = distributed.add_up(right_B).bool()

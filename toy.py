@@ -14,8 +14,7 @@ letter and the number of steps left:
     c3:   ####m                a guess
 
 so RL can do here what it does to a long chain of thought: take more care, correct more, stop
-guessing (the answers grow longer). Numbers of steps are log-uniform, so that answers differ in
-length by tens of times.
+guessing (the answers grow longer). Steps are log-uniform: lengths differ by tens of times.
 
 What no real data set offers: the truth is known at every token. So it is known how well any critic
 could do (`best_values`), up to a small error of counting, and where the first slip that nobody took
@@ -37,10 +36,8 @@ from system import base_model, distributed, settings
 from system.checkpoint import export
 from system.run import exit_on_bad_input, require, write_json
 from system.settings import AT_LEAST_1, POSITIVE, SHARE, flag
+from system.truth import ANSWER, LETTERS, REDO, auc, best_values, step_drops
 from table import response_mask, take
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-ANSWER, REDO = "####", ";"
 
 
 # fmt: off
@@ -204,122 +201,23 @@ def world_of(path, tokenizer):
     return directory if known else None
 
 
-def trace(step, letter, steps, tokens):
-    """What is true before each token of an answer: a list of (phase, on_track, left).
-
-    phase: "work" (a letter or #### comes next), "right" / "wrong" (a letter stands that is / is not
-    the true next one), "redo" (after the mark), "answer" (after ####), "said right" / "said wrong",
-    "odd" (nothing a demonstration does). on_track: the last counted letter is the true one; once it
-    is not, only a second, lucky slip helps. left: steps to go after the last counted letter.
-    """
-    truth = [letter]
-    for _ in range(steps):
-        truth.append(step[truth[-1]])
-    phase, current, left, written, states = "work", letter, steps, None, []
-    for token in tokens:
-        states.append((phase, current == truth[steps - left], left))
-        if phase in ("work", "redo") and token in LETTERS and left > 0:
-            phase = "right" if token == truth[steps - left + 1] else "wrong"
-            written = token
-        elif phase in ("right", "wrong") and token == str(left - 1):
-            phase, current, left = "work", written, left - 1
-        elif phase in ("right", "wrong") and token == REDO:
-            phase = "redo"
-        elif phase == "work" and token == ANSWER:
-            phase = "answer"
-        elif phase == "answer" and token in LETTERS:
-            phase = "said right" if token == truth[steps] else "said wrong"
-        else:
-            phase = "odd"
-    return states
-
-
-def traces(world_dir, problems, tokenizer, rows):
-    """Yields the `trace` of each row."""
-    step = json.loads((Path(world_dir) / "world.json").read_text())["map"]
-    names = ("problem_B", "token_BL", "prompt_length_B", "length_B")
-    for index, token_L, start, length in zip(*(rows[name].tolist() for name in names)):
-        problem = problems[index]["problem"]
-        tokens = tokenizer.convert_ids_to_tokens(token_L[start : start + length])
-        yield trace(step, problem[0], int(problem[1:]), tokens)
-
-
-def best_values(world_dir, problems, tokenizer, fit_rows, rows, pool=1):
-    """An estimate of the best possible critic's value_BT for `rows`: P(correct | what is true).
-
-    A critic that reads the text perfectly knows the phase, whether the answer is still on track,
-    and the steps left. Given these, the rest of the text says little (the policy slips a bit more
-    at some letters than at others), so the mean outcome of the answers in `fit_rows` that share
-    them is close to what no critic can beat. States seen seldom are drawn towards the mean over all
-    `left`, with the weight of two answers. `pool`: so many numbers of steps left count as one,
-    which estimates less noisily from few rows.
-    """
-    sums, rewards = {}, fit_rows["reward_B"].tolist()
-    for row_states, reward in zip(traces(world_dir, problems, tokenizer, fit_rows), rewards):
-        for phase, on_track, left in row_states:
-            for state in ((phase, on_track, left // pool), (phase, on_track)):
-                total, count = sums.get(state, (0.0, 0))
-                sums[state] = (total + reward, count + 1)
-    overall = sum(rewards) / len(rewards)
-    value_BT = torch.zeros(len(rows["length_B"]), int(rows["length_B"].max()))
-    for i, row_states in enumerate(traces(world_dir, problems, tokenizer, rows)):
-        for t, (phase, on_track, left) in enumerate(row_states):
-            total, count = sums.get((phase, on_track), (0.0, 0))
-            prior = total / count if count else overall
-            total, count = sums.get((phase, on_track, left // pool), (0.0, 0))
-            value_BT[i, t] = (total + 2 * prior) / (count + 2)
-    return value_BT
-
-
-def step_drops(world_dir, problems, tokenizer, rows, value_BT):
-    """How far V falls over each worked step that starts on track: (drop_N, slip_N).
-
-    drop = V before the step's letter − V after its number, when the letter cannot be taken back.
-    slip, bool: the step left the track, which is the first uncorrected slip of its answer.
-    """
-    drops, slips = [], []
-    for value_T, states in zip(value_BT.tolist(), traces(world_dir, problems, tokenizer, rows)):
-        for t in range(len(states) - 2):
-            (phase, on_track, left), (next_phase, still, next_left) = states[t], states[t + 2]
-            stepped = next_phase == "work" and next_left == left - 1
-            if phase in ("work", "redo") and on_track and stepped:
-                drops.append(value_T[t] - value_T[t + 2])
-                slips.append(not still)
-    return torch.tensor(drops), torch.tensor(slips, dtype=torch.bool)
-
-
-def auc(score_N, positive_N):
-    """P(a positive scores higher than a negative) + ½ P(they tie), over all pairs, or NaN."""
-    positive, negative = score_N[positive_N], score_N[~positive_N].sort().values
-    if not len(positive) or not len(negative):
-        return math.nan
-    below = torch.searchsorted(negative, positive)
-    not_above = torch.searchsorted(negative, positive, right=True)
-    return ((below + not_above).double().mean() / (2 * len(negative))).item()
-
-
 def score_critic(world_dir, problems, tokenizer, rows, value_BT):
-    """How much of the truth a critic's value_BT on judged rows has found: a dict of
+    """How much of the truth a critic's value_BT on judged rows has found: {
 
-    slip_auc: how surely the fall of V tells the first uncorrected slip from a right step (1:
-        always, ½: by chance);
-    best_explained_variance: of the best possible critic on the same rows, its counts made on the
-        other half of the answers. With a few hundred answers it comes out too low (0.33 for 0.39
-        with 256 answers of 60 tokens).
+    slip_auc: how surely V's fall tells the first uncorrected slip from a right step (½: by chance);
+    best_explained_variance: the best possible critic's, counted on the other half of the answers;
+        too low with a few hundred of them (0.33 for 0.39 with 256 of 60 tokens)}.
     """
-    drop_N, slip_N = step_drops(world_dir, problems, tokenizer, rows, value_BT)
-    best_BT = torch.zeros_like(value_BT, device="cpu")
+    where, best_BT = (world_dir, problems, tokenizer), torch.zeros_like(value_BT, device="cpu")
     index_B = torch.arange(len(best_BT), device=value_BT.device)
-    halves = [index_B[start::2] for start in (0, 1)]
-    if len(best_BT) > 1:
-        for half, other in (halves, halves[::-1]):
-            parts = (take(rows, other), take(rows, half))
-            part_BT = best_values(world_dir, problems, tokenizer, *parts, pool=8)
-            best_BT[half.cpu(), : part_BT.shape[1]] = part_BT
+    halves = [index_B[0::2], index_B[1::2]]
+    for half, other in (halves, halves[::-1]) if len(best_BT) > 1 else ():
+        part_BT = best_values(*where, take(rows, other), take(rows, half), pool=8)
+        best_BT[half.cpu(), : part_BT.shape[1]] = part_BT
     mask_BT = response_mask(rows).cpu()
-    target_BT = rows["reward_B"].cpu()[:, None] * mask_BT
-    best = explained_variance(best_BT, target_BT, mask_BT).item()
-    return {"slip_auc": auc(drop_N, slip_N), "best_explained_variance": best}
+    best = explained_variance(best_BT, rows["reward_B"].cpu()[:, None] * mask_BT, mask_BT)
+    found = auc(*step_drops(*where, rows, value_BT))
+    return {"slip_auc": found, "best_explained_variance": best.item()}
 
 
 @exit_on_bad_input

@@ -2,19 +2,17 @@
 
     python train_value.py                                              # in the embedded world
     python train_value.py --model DIR --train FILE --out runs/value    # any causal LM, any problems
-    python train_value.py --objective reward --out runs/reward         # a reward model, if none is there
+    python train_value.py --objective reward --out runs/reward         # a reward model
     python train_value.py --init runs/reward/critic --reuse_answers runs/reward/answers.pt
 
 VAPO's piece 1 (arXiv 2504.05118 §4.1; arXiv 2503.01491):
 1. Answers are sampled once from the frozen policy, judged by the verifier, and stored.
 2. The critic is fitted to them offline, several passes, on nine problems of ten. `value`: V at
    every token is regressed on the Monte-Carlo return, which is the outcome. `reward`: the score
-   after the last token only, which is what a reward model learns, and why it is wrong about
-   unfinished answers. Short answers first (--short_passes): the cheapest way to a critic that sees
-   mistakes.
-3. After each pass it is measured on the answers to the other problems. It stops at
-   --target_explained_variance, when the held-out loss has not fallen for --patience passes
-   (overfitting is real), or at --steps; the best pass is kept.
+   after the last token only, as a reward model learns it, which is why that one is wrong about
+   unfinished answers. Short answers may come first: a mistake is near its outcome there.
+3. After each pass it is measured on the other problems. It stops at --target_explained_variance,
+   when the held-out loss has not fallen for --patience passes, or at --steps; the best is kept.
 """
 
 import gc
@@ -34,19 +32,10 @@ import rollout
 import table
 import toy
 from gae import explained_variance
-from system import checkpoint, distributed, loading
+from system import checkpoint, distributed, loading, run
 from system import settings as flags
 from system.learner import Learner, step_or_skip
-from system.run import (
-    Log,
-    Stopped,
-    exit_on_bad_input,
-    finishing_the_step,
-    kernel,
-    require,
-    seeded_generator,
-    stopping,
-)
+from system.run import require, seeded_generator
 from system.settings import AT_LEAST_1, INSIDE_SHARE, NOT_NEGATIVE, POSITIVE, flag
 
 WARMUP = 10  # optimiser steps
@@ -70,9 +59,8 @@ class Settings(flags.TrainingSettings):
     short_passes: int = flag(0, "passes over the shorter half before those", NOT_NEGATIVE)
     steps: int = flag(0, "most optimiser steps; 0: no limit but --passes", NOT_NEGATIVE)
     patience: int = flag(3, "passes without a lower held-out loss before it stops", AT_LEAST_1)
-    target_explained_variance: float = flag(
-        1.0, "stop once the held-out explained variance is this high", (
-            "must be at most 1", lambda value: value <= 1))
+    target_explained_variance: float = flag(1.0, "stop at this held-out explained variance", (
+        "must be at most 1", lambda value: value <= 1))
     max_grad_norm: float = flag(1.0, "gradient clipping", POSITIVE)
 
     def check(self):
@@ -90,7 +78,7 @@ def value_gradients(critic, batch, settings, value_clip=None, shift=0):
         shift, 0 for V before each token, 1 for the score after it.
     Returns: the loss, this rank's part of it.
     """
-    value_loss = kernel(losses.value_loss, settings.compile, loading.device_of(critic))
+    value_loss = run.kernel(losses.value_loss, settings.compile, loading.device_of(critic))
     total = 0.0
     for index in distributed.deal(table.micro_batches(batch, settings.micro_batch_tokens)):
         micro = table.take(batch, index)
@@ -116,14 +104,12 @@ def objective_columns(rows, objective):
 
 @torch.no_grad()
 def measure(critic, rows, objective, micro_batch_tokens):
-    """(loss and explained variance under the objective, V at the first and last token; value_BT)."""
+    """({loss and explained variance of the objective, V at the first and last token}, value_BT)."""
     target_BT, mask_BT, shift = objective_columns(rows, objective)
-    value_BT = model.all_values(critic, rows, micro_batch_tokens)
-    fitted_BT = value_BT
+    weight_BT, last_B1 = losses.token_weights(mask_BT, "token"), rows["length_B"][:, None] - 1
+    fitted_BT = value_BT = model.all_values(critic, rows, micro_batch_tokens)
     if shift:
         fitted_BT = model.all_values(critic, rows, micro_batch_tokens, shift)
-    weight_BT = losses.token_weights(mask_BT, "token")
-    last_B1 = rows["length_B"][:, None] - 1
     return {
         "value_loss": (losses.value_loss(fitted_BT, target_BT) * weight_BT).sum().item(),
         "explained_variance": explained_variance(fitted_BT, target_BT, mask_BT).item(),
@@ -151,7 +137,7 @@ def fit(settings, out, critic, tokenizer, rows, held_out_rows, truth):
     learner = Learner(critic, settings.lr, settings.max_grad_norm, schedule)
     generators = {"order": seeded_generator(settings.seed, "pretraining mini-batches")}
     progress = checkpoint.resume(out, {"critic": learner}, generators)
-    log = Log(out, after=progress["step"] if progress else -1)
+    log = run.Log(out, after=progress["step"] if progress else -1)
     progress = progress or {"step": 0, "passes": -1, "worse": 0, "best": None, "best_step": 0}
     bar = tqdm(total=limit, initial=progress["step"], desc="value: fitting", unit="step",
                leave=False, disable=distributed.rank() > 0)  # fmt: skip
@@ -178,10 +164,12 @@ def fit(settings, out, critic, tokenizer, rows, held_out_rows, truth):
             bar.update()
             if batch_N is not batches[-1]:
                 log.metrics(progress["step"], numbers)
-        micro_batch = settings.micro_batch_tokens
-        held_out, value_BT = measure(critic, held_out_rows, settings.objective, micro_batch)
+        how = (settings.objective, settings.micro_batch_tokens)
+        held_out, value_BT = measure(critic, held_out_rows, *how)
         held_out |= truth(value_BT)
-        report(log, progress["step"], numbers | held_out)
+        log.metrics(progress["step"], numbers | held_out)
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in held_out.items())
+        tqdm.write(f"value: step {progress['step']}, held out: {shown}")
         progress["passes"], best = number, progress["best"]
         if best is None or held_out["value_loss"] < best["value_loss"]:
             progress |= {"best": held_out, "best_step": progress["step"], "worse": 0}
@@ -200,24 +188,11 @@ def fit(settings, out, critic, tokenizer, rows, held_out_rows, truth):
 
 def stop_if_asked(out, number=0):
     """Raises: Stopped, with how to go on, if the process is to stop."""
-    if stopping():
+    if run.stopping():
         there = (out / "answers.pt").exists()
         done = f"pass {number} of it begins again" if there else "nothing of it is done yet"
         said = f"the same command with --out {out}, or --resume of the run, goes on"
-        raise Stopped(f"value pretraining in {out}: {done}; {said}")
-
-
-def report(log, step, numbers):
-    """One line in the log and on the screen for a measurement on held-out problems."""
-    log.metrics(step, numbers)
-    best, slips = numbers.get("best_explained_variance"), numbers.get("slip_auc")
-    possible = "" if best is None else f" of {best:.3f} possible"
-    found = "" if slips is None else f"   first-slip AUC {slips:.3f}"
-    tqdm.write(
-        f"value: step {step:4d}   held-out loss {numbers['value_loss']:.4f}   explained variance "
-        f"{numbers['explained_variance']:6.3f}{possible}{found}   V first token "
-        f"{numbers['value_first']:.3f}, last {numbers['value_last']:.3f}"
-    )
+        raise run.Stopped(f"value pretraining in {out}: {done}; {said}")
 
 
 def sampled_answers(settings, out, policy, tokenizer, problems):
@@ -242,17 +217,11 @@ def sampled_answers(settings, out, policy, tokenizer, problems):
     groups = -(-settings.answers // settings.samples)
     passes = -(-groups // len(problems))  # a short file is asked several times
     drawn = [torch.randperm(len(problems), generator=order) for _ in range(passes)]
-    chosen = torch.cat(drawn)[:groups]
+    chosen = torch.cat(drawn)[:groups].tolist()
     generator = seeded_generator(settings.seed, "pretraining answers", device)
-    rows = rollout.sample(
-        loading.sampler_of(policy, settings), tokenizer, [problems[i] for i in chosen.tolist()],
-        settings.samples, settings.response_length, settings.temperature, generator,
-        settings.sample_rows, progress="value: sampling", engine=settings.engine,
-    )  # fmt: skip
-    rows["problem_B"] = chosen.to(device)[rows["problem_B"]]
-    verify = rollout.verifier_of(settings)
-    rewards = (settings.reward_correct, settings.reward_wrong)
-    rollout.judge(rows, tokenizer, problems, verify, *rewards)
+    how = (settings.samples, settings, generator, "value: sampling")
+    sampler, verify = loading.sampler_of(policy, settings), rollout.verifier_of(settings)
+    rows = rollout.judged(sampler, tokenizer, problems, chosen, verify, *how)
     checkpoint.write(path, {"source": source, "rows": rows})
     return rows
 
@@ -296,23 +265,21 @@ def pretrain(settings, policy=None):
     del policy, set_up
     gc.collect()  # where it is sharded, its own hooks hold it
     fit_rows, held_out_rows = split_by_problem(rows, settings.held_out, settings.seed)
-    world, known = toy.world_of(settings.train, tokenizer), {}
+    start, mean_reward = settings.init or settings.model, fit_rows["reward_B"].mean().item()
+    critic = loading.load_critic(start, device, mean_reward, settings.dtype)
+    critic = loading.shard(critic, device, settings)
+    flags.save_config(out, settings, device)
+    world, best = toy.world_of(settings.train, tokenizer), {}
     where = (world, problems, tokenizer)
     if world and settings.objective == "value":  # what could any critic explain?
         target_BT, mask_BT, _ = objective_columns(held_out_rows, "value")
         best_BT = toy.best_values(*where, fit_rows, held_out_rows).to(device)
-        known["best_explained_variance"] = explained_variance(best_BT, target_BT, mask_BT).item()
+        best["best_explained_variance"] = explained_variance(best_BT, target_BT, mask_BT).item()
 
     def truth(value_BT):
-        if not world:
-            return {}
-        return known | {"slip_auc": toy.auc(*toy.step_drops(*where, held_out_rows, value_BT))}
+        drops = toy.step_drops(*where, held_out_rows, value_BT) if world else ()
+        return best | {"slip_auc": toy.auc(*drops)} if world else {}
 
-    mean_reward = fit_rows["reward_B"].mean().item()
-    start = settings.init or settings.model
-    critic = loading.load_critic(start, device, mean_reward, settings.dtype)
-    critic = loading.shard(critic, device, settings)
-    flags.save_config(out, settings, device)
     metrics, step = fit(settings, out, critic, tokenizer, fit_rows, held_out_rows, truth)
     with distributed.rank_0_first():
         if not distributed.rank():
@@ -351,14 +318,14 @@ def starting_critic(settings, run_dir, policy):
     return reward_model or settings.model
 
 
-@exit_on_bad_input
+@run.exit_on_bad_input
 def main(argv=None):
     """Runs the script; returns what `pretrain` does."""
     settings = flags.parse(Settings, argv, __doc__)
     distributed.start()
     defaults = toy.defaults("train_value", settings.model)
     settings = flags.parse(Settings, argv, __doc__, defaults)
-    with finishing_the_step():
+    with run.finishing_the_step():
         return pretrain(settings)
 
 

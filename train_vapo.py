@@ -36,7 +36,7 @@ import model
 import rollout
 import table
 import toy
-from system import checkpoint, distributed, loading, run
+from system import checkpoint, distributed, loading, metrics, run
 from system import settings as flags
 from system.learner import Learner, step_or_skip, warmup
 from system.run import require, seeded_generator, timed
@@ -54,10 +54,9 @@ PRESETS = {
     "ppo": {"value_pretraining": False, "decoupled_gae": False, "length_adaptive_gae": False,
             "token_level_loss": False, "clip_higher": False, "positive_nll": False,
             "group_sampling": False, "reward_model": "fit"},
-    # arXiv 2402.03300, without its KL term
+    # arXiv 2402.03300, without its KL term; arXiv 2503.14476
     "grpo": {"critic_free": True, "token_level_loss": False, "clip_higher": False,
              "positive_nll": False},
-    # arXiv 2503.14476
     "dapo": {"critic_free": True, "positive_nll": False, "dynamic_sampling": 10, "overlong": 0.2},
 }
 
@@ -117,25 +116,25 @@ class Settings(flags.TrainingSettings):
 
     def check(self):
         super().check()
+        require(bool(self.test), 'give --test FILE: a JSONL of {"problem": ..., "answer": ...}')
         prompts, samples = self.rollout_shape()
-        updates = -(-prompts * samples // self.mini_batch)
+        updates, processes = -(-prompts * samples // self.mini_batch), self.processes()
         if updates == 1:
             said = "with one update the ratio is always 1, and clipping does nothing"
             print(f"warning: --mini_batch takes the whole rollout: {said}")
-        smallest, processes = prompts * samples // updates, self.processes()
+        smallest = prompts * samples // updates
         for rows, what in ((prompts, "--prompts"), (smallest, "answers in a mini-batch")):
             said = f"{rows} {what} for {processes} processes: each needs one at least"
             require(rows >= processes, said)
-        off = ("value_pretraining", "decoupled_gae", "length_adaptive_gae")
-        for name in ("critic", "reward_model", "value_clip", "whiten", *off):
-            used = not getattr(self, name) if name in off else getattr(self, name)
-            said = f"--critic_free has no use for --{'no_' * (name in off)}{name}"
-            require(not (self.critic_free and used), said)
+        pieces = ("value_pretraining", "decoupled_gae", "length_adaptive_gae")
+        idle = [n for n in ("critic", "reward_model", "value_clip", "whiten") if getattr(self, n)]
+        idle += [f"no_{name}" for name in pieces if not getattr(self, name)]
+        said = f"--critic_free has no use for --{' and --'.join(idle)}"
+        require(not (self.critic_free and idle), said)
+        needs = "--samples above 1" if self.group_sampling else "group sampling"
         for name in ("critic_free", "dynamic_sampling"):
-            said = f"--{name} compares the answers of a group: it needs "
-            said += "--samples above 1" if self.group_sampling else "group sampling"
+            said = f"--{name} compares the answers of a group: it needs {needs}"
             require(samples > 1 or not getattr(self, name), said)
-        require(bool(self.test), 'give --test FILE: a JSONL of {"problem": ..., "answer": ...}')
 
     def rollout_shape(self):
         """(prompts, samples of each) of a rollout. Piece 7."""
@@ -180,7 +179,7 @@ def advantages(rows, settings):
 def weights(batch, settings):
     """Adds policy_weight_BT, critic_weight_BT and nll_weight_BT to an optimiser mini-batch.
 
-    Each sums to one over the whole mini-batch: made before it is cut into micro-batches (§4.2).
+    Each sums to one over the whole of it: made before it is cut into micro-batches (§4.2).
     """
     mask_BT = table.response_mask(batch)
     how = "token" if settings.token_level_loss else "sample"  # piece 4
@@ -191,10 +190,7 @@ def weights(batch, settings):
 
 
 def policy_gradients(policy, batch, settings):
-    """Adds the gradients of L_PPO + μ L_NLL over a mini-batch with weights, on all ranks.
-
-    Returns: its metrics, this rank's part of the sums (docs/metrics.md).
-    """
+    """Adds the gradients of L_PPO + μ L_NLL over a mini-batch. Returns: this rank's metrics."""
     eps_high = settings.eps_high if settings.clip_higher else settings.eps_low  # piece 5, §4.3
     mu = settings.mu if settings.positive_nll else 0.0  # piece 6, §4.3
     policy_loss = run.kernel(losses.policy_loss, settings.compile, loading.device_of(policy))
@@ -203,13 +199,13 @@ def policy_gradients(policy, batch, settings):
         micro = table.take(batch, index)
         logp_BT, _ = model.policy_logprobs(policy, micro, settings.temperature, settings.compile)
         how = (logp_BT, micro["old_logp_BT"], micro["adv_BT"])
-        loss_BT = policy_loss(*how, *clip) * micro["importance_BT"]
-        ppo = (loss_BT * micro["policy_weight_BT"]).sum()
+        loss_BT = policy_loss(*how, *clip) * micro["policy_weight_BT"]
+        ppo = (loss_BT * micro["importance_BT"]).sum()
         nll = (losses.nll_loss(logp_BT) * micro["nll_weight_BT"]).sum()
         (ppo + mu * nll).backward()
         found = {"policy_loss": ppo, "nll_loss": nll}
         found |= losses.ratio_metrics(*how, table.response_mask(micro), *clip)
-        table.add_metrics(sums, found, micro)
+        metrics.add(sums, found, micro)
     return sums
 
 
@@ -232,14 +228,14 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems)
     sampler, verify = loading.sampler_of(policy, settings), rollout.verifier_of(settings)
     testing = (sampler, critic, tokenizer, test_problems, settings, verify, log)
     world = toy.world_of(settings.train, tokenizer)
-    stop_if_asked(progress, settings, run_dir)
+    stop_if_asked(progress["step"] if progress else 0, settings, run_dir)
     if progress is None:
         progress = {"step": 0, "queue": [], "sampled": 0, "bad_steps": 0}
         progress["before"], numbers = evaluate.evaluate_in_run(0, *testing)
         progress["after"] = progress["before"]
         log.metrics(0, numbers)
         checkpoint.save(run_dir, learners, generators, progress)
-        stop_if_asked(progress, settings, run_dir)
+        stop_if_asked(0, settings, run_dir)
 
     bar = tqdm(range(progress["step"] + 1, settings.steps + 1), initial=progress["step"],
                total=settings.steps, desc=settings.preset, unit="rollout",
@@ -247,9 +243,8 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems)
     for step in bar:
         seconds, updates = {}, []
         with timed(seconds, "sample"):  # piece 7: prompts × samples, judged
-            rows, drawn = rollout.collect(
-                sampler, tokenizer, problems, verify, settings, generators, progress
-            )
+            asked = (problems, verify, settings, generators, progress)
+            rows, drawn = rollout.collect(sampler, tokenizer, *asked)
         with timed(seconds, "score"):  # pieces 2 and 3: advantages and targets from the outcome
             score(policy, critic, rows, settings)
             advantages(rows, settings)
@@ -262,13 +257,13 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems)
                     clip = settings.value_clip or None
                     sums["value_loss"] = value_gradients(critic, batch, settings, clip)
                 sums |= policy_gradients(policy, batch, settings)  # pieces 5 and 6
-                metrics = table.mini_batch_metrics(distributed.add_numbers(sums), batch)
-                made = step_or_skip(learners, metrics)
+                numbers = table.mini_batch_metrics(distributed.add_numbers(sums), batch)
+                made = step_or_skip(learners, numbers)
                 progress["bad_steps"] = 0 if made else progress["bad_steps"] + 1
                 if not made:
-                    bad = (batch, metrics, progress["bad_steps"])
+                    bad = (batch, numbers, progress["bad_steps"])
                     checkpoint.keep_bad_batch(run_dir, step, len(updates), *bad)
-                updates.append(metrics | {"bad_steps": float(not made)})
+                updates.append(numbers | {"bad_steps": float(not made)})
             loading.update_sampler(sampler, policy)
 
         progress |= {"step": step, "sampled": progress["sampled"] + drawn["answers"]}
@@ -276,7 +271,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems)
         rollout.warn_of_gap(step, numbers["sampler_gap"])
         if critic and world:  # the truth is known there
             numbers |= toy.score_critic(world, problems, tokenizer, rows, rows["old_value_BT"])
-        numbers |= table.update_metrics(updates) | table.speeds(seconds, rows)
+        numbers |= metrics.means(updates) | metrics.speeds(seconds, rows)
         numbers["gradient_steps"] = learners["policy"].steps
         bar.set_postfix(accuracy=f"{numbers['accuracy']:.2f}", length=f"{numbers['length']:.0f}")
         last = step == settings.steps
@@ -284,18 +279,18 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems)
             progress["after"], measured = evaluate.evaluate_in_run(step, *testing)
             numbers |= measured
         log.metrics(step, numbers)
-        stop = not last and run.stopping()
+        stop = run.stopping()
         if last or stop or (settings.save_every and step % settings.save_every == 0):
             checkpoint.save(run_dir, learners, generators, progress)
-        stop_if_asked(progress, settings, run_dir, stop)
+        if stop and not last:  # never before the save
+            stop_if_asked(step, settings, run_dir)
     log.close()
     return progress["before"], progress["after"]
 
 
-def stop_if_asked(progress, settings, run_dir, stop=None):
+def stop_if_asked(step, settings, run_dir):
     """Raises: Stopped, with how to go on, if the process is to stop."""
-    if run.stopping() if stop is None else stop:
-        step = progress["step"] if progress else 0
+    if run.stopping():
         said = f"rollout {step} of {settings.steps} is saved"
         raise run.Stopped(f"{said}: python train_vapo.py --resume {run_dir} goes on")
 
@@ -315,10 +310,7 @@ def settings_of(argv):
 
 @run.exit_on_bad_input
 def main(argv=None):
-    """Runs the script.
-
-    Returns: the final metrics of `evaluate.evaluate`, each also as `before_…`, and "run_dir".
-    """
+    """Runs the script. Returns: the last metrics, the first as `before_…`, and "run_dir"."""
     started = time.time()
     settings, run_dir = settings_of(argv)
     settings.check()
