@@ -10,7 +10,7 @@
 1. One embedded world, one reward model and one pretrained critic in it, from which runs start.
 2. Each run is `python train_vapo.py` with one row's flags, on one core; a killed run is resumed, a
    finished one never repeated.
-3. A finished run's metrics.jsonl is copied to OUT/raw. From those files alone `python -m lab.report`
+3. A finished run's metrics.jsonl is copied to OUT/raw. From those files `python -m lab.report`
    writes OUT/README.md and the pictures.
 """
 
@@ -21,8 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from system import jobs
-from system import settings as flags
+from system import jobs, settings as flags
 from system.run import exit_on_bad_input, require
 from system.settings import NOT_NEGATIVE, flag
 
@@ -114,21 +113,16 @@ def run_flags(row, seed, runs, quick=False):
     return [f"@{runs}/world/train_vapo.args", *to_flags(settings | files)]
 
 
-def check_settings(path, config, row, seed, quick):
-    """Raises: BadInput if a run's config.json tells of other settings than the row has now."""
-    had, wanted = config["settings"], row_settings(row, seed, quick)
-    files = ("critic", "device")
-    differ = ", ".join(n for n, v in wanted.items() if n not in files and had.get(n) != v)
-    said = f"{path} has another {differ} than {row} has now"
-    require(not differ, f"{said}: remove it, or give another --out and --runs")
-
-
-def is_finished(row, seed, out, quick):
-    """Whether OUT/raw has this run. Raises: BadInput if it has it with other settings."""
-    path = out / "raw" / f"{row}-{seed}.jsonl"
+def is_there(path, where, row, seed, quick):
+    """Whether `path`, with the config of a run in it, is there; `where` is what a user removes.
+    Raises: BadInput if it tells of other settings than the row has now."""
     if path.exists():
-        config = json.loads(path.read_text().partition("\n")[0])["config"]
-        check_settings(path, config, row, seed, quick)
+        first = path.read_text() if path.suffix == ".json" else path.read_text().split("\n")[0]
+        had, wanted = json.loads(first), row_settings(row, seed, quick)
+        had, files = had.get("config", had)["settings"], ("critic", "device")
+        differ = ", ".join(n for n, v in wanted.items() if n not in files and had.get(n) != v)
+        said = f"{where} has another {differ} than {row} has now"
+        require(not differ, f"{said}: remove it, or give another --out and --runs")
     return path.exists()
 
 
@@ -186,9 +180,7 @@ def run(row, seed, runs, out, quick):
     """One run from where it stands to its end. Returns: its last held-out accuracy."""
     run_dir = runs / f"{row}-{seed}"
     argv = run_flags(row, seed, runs, quick)
-    if (run_dir / "config.json").exists():
-        config = json.loads((run_dir / "config.json").read_text())
-        check_settings(run_dir, config, row, seed, quick)
+    if is_there(run_dir / "config.json", run_dir, row, seed, quick):
         argv = [f"--resume={run_dir}"]
     jobs.call("train_vapo.py", argv, f"{run_dir}.log")
     path = out / "raw" / f"{row}-{seed}.jsonl"
@@ -210,7 +202,8 @@ def main(argv=None):
         runs, out, seeds = runs / "quick", runs / "quick" / "results", [0]
     report = partial(jobs.call, "lab.report", [f"--out={out}"], runs / "report.log")
     pairs = [(row, seed) for seed in seeds for row in rows]
-    waiting = [pair for pair in pairs if not is_finished(*pair, out, settings.quick)]
+    raw = {pair: out / "raw" / f"{pair[0]}-{pair[1]}.jsonl" for pair in pairs}
+    waiting = [p for p in pairs if not is_there(raw[p], raw[p], *p, settings.quick)]
     report()  # also shows at once whether matplotlib is there
     failed = []
     if waiting:

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from math import comb
+from statistics import fmean
 
 import torch
 
@@ -22,8 +23,7 @@ import model
 import rollout
 import table
 import toy
-from system import distributed, loading
-from system import settings as flags
+from system import distributed, loading, settings as flags
 from system.equality import canonical
 from system.run import Log, exit_on_bad_input, require, seeded_generator
 from system.settings import ABOVE_0_SHARE, AT_LEAST_1, flag
@@ -35,7 +35,7 @@ TITLES = {"greedy_accuracy": "greedy accuracy", "length": "mean response length 
 
 @dataclass(frozen=True)
 class Settings(flags.SamplingSettings):
-    test: str = flag("", "held-out problems: a file or OWNER/NAME:CONFIG@SPLIT (problems.py)")
+    test: str = flag("", "held-out problems: a file or OWNER/NAME:CONFIG@SPLIT")
     out: str = flag("", "directory for the numbers; empty: runs/eval-DATE-TIME")
     samples: int = flag(32, "answers to each problem, k", AT_LEAST_1)
     eval_top_p: float = flag(1.0, "top-p of the sampling (the paper: 0.7)", ABOVE_0_SHARE)
@@ -47,19 +47,14 @@ class Settings(flags.SamplingSettings):
 
 def pass_at_k(correct, samples, k):
     """1 − C(n−c, k)/C(n, k): the chance that k of n answers, c of them correct, hold a correct one.
-
-    Unbiased over draws of n answers, unlike 1 − (1 − c/n)^k (arXiv 2107.03374).
-    Raises: AssertionError unless 1 ≤ k ≤ n and 0 ≤ c ≤ n.
-    """
+    Unbiased over draws of n answers, unlike 1 − (1 − c/n)^k (arXiv 2107.03374)."""
     assert 1 <= k <= samples and 0 <= correct <= samples
     return 1.0 - comb(samples - correct, k) / comb(samples, k)
 
 
 def majority(answers):
     """The position of the first answer that means what most of them mean, or None.
-
-    Args: answers, texts, or None where no answer is stated; those do not vote.
-    """
+    Args: answers, texts, or None where no answer is stated; those do not vote."""
     votes = [None if answer is None else canonical(answer) for answer in answers]
     counted = Counter(vote for vote in votes if vote is not None)  # of equals, the first seen first
     return votes.index(counted.most_common(1)[0][0]) if counted else None
@@ -74,23 +69,19 @@ def evaluate(policy, tokenizer, problems, samples, settings, verify, temperature
     """
     source = seeded_generator(settings.seed, "evaluation", policy.device)
     how = {"max_tokens": settings.response_length, "generator": source, "engine": settings.engine,
-           "sample_rows": settings.sample_rows}  # fmt: skip
-    asked = (policy, tokenizer, problems)
-    top_p = {"top_p": settings.eval_top_p}
-    rows = rollout.sample(
-        *asked, samples, temperature=temperature, progress=progress, **top_p, **how
-    )
-    label = progress and progress + " (greedy)"
-    greedy = rollout.sample(*asked, 1, temperature=0.0, progress=label, **how)
-    rollout.judge(rows, tokenizer, problems, verify)
-    rollout.judge(greedy, tokenizer, problems, verify)
+           "sample_rows": settings.sample_rows, "progress": progress}  # fmt: skip
+    asked, warm = (policy, tokenizer, problems), {"temperature": temperature}
+    rows = rollout.sample(*asked, samples, top_p=settings.eval_top_p, **warm, **how)
+    greedy = rollout.sample(*asked, 1, temperature=0.0, **how)
+    for answers in (rows, greedy):
+        rollout.judge(answers, tokenizer, problems, verify)
     results = problem_results(rows, tokenizer, problems, samples, settings.bare_number)
     for result, correct in zip(results, greedy["correct_B"].tolist()):
         result["greedy_correct"] = correct
     return {
         "accuracy": rows["correct_B"].float().mean().item(),
-        "pass_at_k": mean(result["correct"] > 0 for result in results),
-        "majority": mean(result["majority_correct"] for result in results),
+        "pass_at_k": fmean(result["correct"] > 0 for result in results),
+        "majority": fmean(result["majority_correct"] for result in results),
         "greedy_accuracy": greedy["correct_B"].float().mean().item(),
         "length": rows["length_B"].float().mean().item(),
         "truncated": 1.0 - rows["stop_B"].float().mean().item(),
@@ -111,7 +102,7 @@ def problem_results(rows, tokenizer, problems, samples, bare_number=False):
             "correct": sum(correct[own]),
             "majority": None if chosen is None else stated[own][chosen],
             "majority_correct": chosen is not None and correct[own][chosen],
-            "length": mean(lengths[own]), "truncated": 1.0 - mean(stops[own]),
+            "length": fmean(lengths[own]), "truncated": 1.0 - fmean(stops[own]),
             "stated": stated[own], "verdicts": correct[own],
         })  # fmt: skip
     return results
@@ -137,9 +128,7 @@ def describe_samples(critic, tokenizer, problems, rows, samples):
 
 def evaluate_in_run(step, sampler, critic, tokenizer, problems, settings, verify, log):
     """An evaluation at T = 1 during training, with a few answers for samples.jsonl.
-
-    Returns: (metrics, the same for the log, each as test_NAME, and seconds_eval).
-    """
+    Returns: (metrics, the same for the log, each as test_NAME, and seconds_eval)."""
     started, samples = time.time(), settings.eval_samples
     with loading.on_device(sampler, settings):
         how = (settings, verify, 1.0, f"evaluation {step}")
@@ -155,11 +144,6 @@ def print_before_and_after(before, after, problems, settings):
     print(f"\n{f'{problems} test problems':36s} {'before':>8s} {'after':>8s}")
     for name, title in (names | TITLES).items():
         print(f"{title:36s} {before[name]:8.3f} {after[name]:8.3f}")
-
-
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values)
 
 
 @exit_on_bad_input
@@ -189,7 +173,7 @@ def main(argv=None):
     lines = {title: metrics["accuracy"]}
     for k in sorted({2**i for i in range(1, samples.bit_length())} | {samples} - {1}):
         chances = [pass_at_k(result["correct"], samples, k) for result in results]
-        lines[f"pass@{k}"] = mean(chances)
+        lines[f"pass@{k}"] = fmean(chances)
     lines[f"maj@{samples}"] = metrics["majority"]
     print(f"\n{len(results)} problems")
     for title, value in (lines | {TITLES[name]: metrics[name] for name in TITLES}).items():

@@ -34,9 +34,7 @@ def logits(hidden_ND, weight_SD, bias_S, temperature, scale, softcap):
 
 def add_slice(logit_SN, highest_N, sum_N, product_N):
     """One step of the running sums: highest z so far m, Σ e^(z−m), and Σ e^(z−m) z.
-
-    Returns: the three, of the words so far and those of the slice.
-    """
+    Returns: the three, of the words so far and those of the slice."""
     now_highest_N = torch.maximum(highest_N, logit_SN.amax(dim=0))
     weight_SN = (logit_SN - now_highest_N).exp()
     fade_N = (highest_N - now_highest_N).exp()

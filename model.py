@@ -63,9 +63,7 @@ def response_hidden(trunk, rows, shift=0):
 @gathers
 def policy_logprobs(policy, rows, temperature, compile=False):
     """(logp_BT, entropy_BT) of the response tokens under the policy, float32, 0 on padding.
-
-    Args: temperature, the sampler's; compile, of the kernels (see `system.run.kernel`).
-    """
+    Args: temperature, the sampler's; compile, of the kernels (see `system.run.kernel`)."""
     device = device_of(policy)
     functions = (logprobs.add_slice, logprobs.slice_gradient)
     kernels = tuple(kernel(function, compile, device) for function in functions)
@@ -95,24 +93,26 @@ def critic_values(critic, rows, shift=0):
 
 
 @torch.no_grad()
-def all_values(critic, rows, micro_batch_tokens, shift=0):
-    """value_BT of all rows, a micro-batch at a time, on all ranks; 0 on padding."""
-    value_BT = torch.zeros_like(response_mask(rows))
-    for index in deal(micro_batches(rows, micro_batch_tokens)):
-        part = take(rows, index)
-        mask_BT = response_mask(part)
-        value_BT[index, : mask_BT.shape[1]] = critic_values(critic, part, shift) * mask_BT
-    return add_up(value_BT)
+def all_values(critic, rows, tokens, shift=0):
+    """value_BT of all rows, `tokens` at a time, on all ranks; 0 on padding."""
+    return over_rows(lambda part: [critic_values(critic, part, shift)], rows, tokens)[0]
 
 
 @torch.no_grad()
-def all_logprobs(policy, rows, temperature, micro_batch_tokens, compile=False):
-    """(logp_BT, entropy_BT) of all rows, a micro-batch at a time, on all ranks; 0 on padding."""
-    logp_BT, entropy_BT = torch.zeros(2, *response_mask(rows).shape, device=device_of(policy))
-    for index in deal(micro_batches(rows, micro_batch_tokens)):
+def all_logprobs(policy, rows, temperature, tokens, compile=False):
+    """(logp_BT, entropy_BT) of all rows, `tokens` at a time, on all ranks; 0 on padding."""
+    return over_rows(lambda part: policy_logprobs(policy, part, temperature, compile), rows, tokens)
+
+
+def over_rows(function, rows, tokens):
+    """Columns [B, T] of all rows from those that function(part) returns, dealt out to the ranks."""
+    columns_BT = []
+    for index in deal(micro_batches(rows, tokens)):
         part = take(rows, index)
-        width = int(part["length_B"].max())
-        columns_BT = policy_logprobs(policy, part, temperature, compile)
-        logp_BT[index, :width], entropy_BT[index, :width] = columns_BT
-    add_up(logp_BT, entropy_BT)
-    return logp_BT, entropy_BT
+        mask_BT = response_mask(part)
+        found_BT = function(part)
+        columns_BT = columns_BT or [torch.zeros_like(response_mask(rows)) for _ in found_BT]
+        for column_BT, own_BT in zip(columns_BT, found_BT):
+            column_BT[index, : mask_BT.shape[1]] = own_BT * mask_BT
+    add_up(*columns_BT)
+    return columns_BT

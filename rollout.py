@@ -1,11 +1,10 @@
 """Sampling many answers to many prompts, and judging them: a rollout, as a table of rows.
 
-`sample` is one batch of answers, by one of three engines whose distribution is the same: `slots`
-(system/slots.py), `hf` (transformers' generate) and `vllm`. `judge` adds verdict and reward.
-`collect` is the whole of a rollout; with dynamic sampling it draws until every group is mixed.
+`collect` is a whole rollout; `sample` one batch of answers, by one of three engines of the same
+distribution: slots (system/slots.py), hf (transformers' generate) and vllm.
 
 Shapes: B = P·G rows for P prompts with G samples each, the samples of one prompt side by side;
-L prompt + response tokens; T response tokens; R slots; V vocabulary.
+L prompt + response tokens; T response tokens.
 """
 
 from functools import partial
@@ -157,9 +156,7 @@ def sample(
 
 def judge(rows, tokenizer, problems, verify=verify, reward_correct=1.0, reward_wrong=0.0):
     """Adds correct_B, the verifier's verdict, and reward_B, what is optimised.
-
-    A truncated answer is terminal, and wrong: its last words may be half of a number.
-    """
+    A truncated answer is terminal, and wrong: its last words may be half of a number."""
     right_B = torch.zeros_like(rows["stop_B"], dtype=torch.int)
     mine = distributed.share(torch.arange(len(right_B), device=right_B.device))
     if len(mine):
@@ -173,8 +170,8 @@ def judge(rows, tokenizer, problems, verify=verify, reward_correct=1.0, reward_w
     rows["reward_B"] = torch.where(rows["correct_B"], reward_correct, reward_wrong)
 
 
-def warn_of_gap(step, sampler_gap):
+def warn_of_gap(step, gap):
     """Says where sampler and training code disagree about log π by more than rounding does."""
-    if sampler_gap > LARGE_GAP:
-        said = "was sampled from another distribution than is trained"
-        tqdm.write(f"warning: rollout {step} {said}: sampler_gap {sampler_gap:.2f}")
+    if gap > LARGE_GAP:
+        said = "was sampled from another distribution than is trained: sampler_gap"
+        tqdm.write(f"warning: rollout {step} {said} {gap:.2f}")

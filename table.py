@@ -16,9 +16,9 @@ importance_BT     min(π_old / π_sampler, C)                          train_vap
 adv_BT            advantage Â                                        train_vapo.advantages rollout
 lam_B             λ_policy (with a critic)                           train_vapo.advantages rollout
 target_BT         what V is fitted to (with a critic)                train_vapo.advantages rollout
-policy_weight_BT  weight of a token in the policy loss               train_vapo.weights    mini-batch
-nll_weight_BT     weight of a token in the NLL loss                  train_vapo.weights    mini-batch
-critic_weight_BT  weight of a token in the value loss                train_vapo.weights    mini-batch
+policy_weight_BT  weight of a token in the policy loss               train_vapo.weights  mini-batch
+nll_weight_BT     weight of a token in the NLL loss                  train_vapo.weights  mini-batch
+critic_weight_BT  weight of a token in the value loss                train_vapo.weights  mini-batch
 
 Anything later in the list may read what stands before it. While a rollout is whole, the samples of
 one prompt stand side by side; `mini_batches` shuffles them. A column of the rollout may be anything
@@ -90,9 +90,7 @@ def mini_batches(rows, size, generator):
 
 def micro_batches(rows, tokens):
     """Index tensors of rows of like length, each row in one, the shortest in the first.
-
-    A micro-batch, padded to its longest row, has at most `tokens` tokens, or one row.
-    """
+    A micro-batch, padded to its longest row, has at most `tokens` tokens, or one row."""
     length_B, order_B = (rows["prompt_length_B"] + rows["length_B"]).sort(stable=True)
     starts = [0]
     for i, length in enumerate(length_B.tolist()):

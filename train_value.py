@@ -7,12 +7,11 @@
 
 VAPO's piece 1 (arXiv 2504.05118 §4.1; arXiv 2503.01491):
 1. Answers are sampled once from the frozen policy, judged by the verifier, and stored.
-2. The critic is fitted to them offline, several passes, on nine problems of ten. `value`: V at
-   every token is regressed on the Monte-Carlo return, which is the outcome. `reward`: the score
-   after the last token only, as a reward model learns it, which is why that one is wrong about
-   unfinished answers. Short answers may come first: a mistake is near its outcome there.
-3. After each pass it is measured on the other problems. It stops at --target_explained_variance,
-   when the held-out loss has not fallen for --patience passes, or at --steps; the best is kept.
+2. The critic is fitted to them in passes, on nine problems of ten. `value`: V at every token is
+   regressed on the Monte-Carlo return, which is the outcome. `reward`: the score after the last
+   token only, as a reward model learns it, which is why that is wrong about unfinished answers.
+3. After each pass it is measured on the other problems. It stops when the held-out loss has not
+   fallen for --patience passes, at --target_explained_variance, or at --steps; the best is kept.
 """
 
 import gc
@@ -32,8 +31,7 @@ import rollout
 import table
 import toy
 from gae import explained_variance
-from system import checkpoint, distributed, loading, run
-from system import settings as flags
+from system import checkpoint, distributed, loading, run, settings as flags
 from system.learner import Learner, step_or_skip
 from system.run import require, seeded_generator
 from system.settings import AT_LEAST_1, INSIDE_SHARE, NOT_NEGATIVE, POSITIVE, flag
@@ -138,11 +136,13 @@ def fit(settings, out, critic, tokenizer, rows, held_out_rows, truth):
     generators = {"order": seeded_generator(settings.seed, "pretraining mini-batches")}
     progress = checkpoint.resume(out, {"critic": learner}, generators)
     log = run.Log(out, after=progress["step"] if progress else -1)
-    progress = progress or {"step": 0, "passes": -1, "worse": 0, "best": None, "best_step": 0}
+    progress = progress or {"step": 0, "passes": -1, "worse": 0, "best": None, "done": False}
     bar = tqdm(total=limit, initial=progress["step"], desc="value: fitting", unit="step",
                leave=False, disable=distributed.rank() > 0)  # fmt: skip
     # Pass 0 fits nothing: the critic is measured as it starts.
     for number, pass_N in list(enumerate([index_N[:0], *passes]))[progress["passes"] + 1 :]:
+        if progress["done"]:
+            break
         stop_if_asked(out, number)
         order_N = torch.randperm(len(pass_N), generator=generators["order"]).to(pass_N.device)
         batches = list(pass_N[order_N].split(settings.batch)) if len(pass_N) else []
@@ -176,11 +176,10 @@ def fit(settings, out, critic, tokenizer, rows, held_out_rows, truth):
             checkpoint.export(critic, tokenizer, out / "best")
         elif number > settings.short_passes:  # the short answers alone are not meant to be enough
             progress["worse"] += 1
-        checkpoint.save(out, {"critic": learner}, generators, progress)
         reached = held_out["explained_variance"] >= settings.target_explained_variance
-        worse = progress["worse"] == settings.patience
-        if worse or progress["step"] == limit or (reached and number > 0):
-            break
+        over = progress["worse"] == settings.patience or progress["step"] == limit
+        progress["done"] = over or (reached and number > 0)
+        checkpoint.save(out, {"critic": learner}, generators, progress)
     bar.close()
     log.close()
     return progress["best"], progress["best_step"]
@@ -293,9 +292,7 @@ def pretrain(settings, policy=None):
 
 def starting_critic(settings, run_dir, policy):
     """The directory that a run's critic starts from; fits it first where the settings say so.
-
-    Args: settings, those of train_vapo.py.
-    """
+    Args: settings, those of train_vapo.py."""
 
     def fitted(name, **own):
         out = Path(run_dir) / name

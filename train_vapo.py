@@ -1,10 +1,10 @@
 """VAPO (arXiv 2504.05118): value-based PPO for long chains of thought with verifiable rewards.
 
-    python train_vapo.py                                       # the embedded world, minutes on a CPU
-    python train_vapo.py --model DIR --train FILE --test FILE  # any causal LM, any JSONL of problems
-    python train_vapo.py --no_length_adaptive_gae              # without one of the seven pieces
-    python train_vapo.py --preset ppo                          # or vc_ppo, grpo, dapo: the rivals
-    python train_vapo.py --resume runs/NAME                    # go on from the last checkpoint
+    python train_vapo.py                                      # the embedded world, minutes on a CPU
+    python train_vapo.py --model DIR --train FILE --test FILE # any causal LM, any JSONL of problems
+    python train_vapo.py --no_length_adaptive_gae             # without one of the seven pieces
+    python train_vapo.py --preset ppo                         # or vc_ppo, grpo, dapo: the rivals
+    python train_vapo.py --resume runs/NAME                   # go on from the last checkpoint
 
 PPO with seven changes, each with a flag that turns it off:
 1. value pretraining     the critic starts from Monte-Carlo returns of the frozen policy
@@ -36,8 +36,7 @@ import model
 import rollout
 import table
 import toy
-from system import checkpoint, distributed, loading, metrics, run
-from system import settings as flags
+from system import checkpoint, distributed, loading, metrics, run, settings as flags
 from system.learner import Learner, step_or_skip, warmup
 from system.run import require, seeded_generator, timed
 from system.settings import AT_LEAST_1, INSIDE_SHARE, NOT_NEGATIVE, POSITIVE, SHARE, flag
@@ -69,7 +68,7 @@ class Settings(flags.TrainingSettings):
     out: str = flag("", "run directory; empty: runs/PRESET-DATE-TIME")
     resume: str = flag("", "go on with the run in this directory, as it is", may_change=True)
     critic: str = flag("", "start from this pretrained critic, as it is; empty: pretrain one")
-    reward_model: str = flag("", "the critic starts from this reward model; fit: from one fitted here")
+    reward_model: str = flag("", "start the critic from this reward model; fit: from one made here")
 
     value_pretraining: bool = flag(True, "1: pretrain the critic")
     decoupled_gae: bool = flag(True, "2: λ of its own for the critic's targets; off: the policy's")
@@ -77,7 +76,7 @@ class Settings(flags.TrainingSettings):
     token_level_loss: bool = flag(True, "4: tokens weigh the same in the loss; off: answers do")
     clip_higher: bool = flag(True, "5: clip the ratio at 1 + eps_high above; off: at 1 + eps_low")
     positive_nll: bool = flag(True, "6: add mu times the NLL of the correct answers")
-    group_sampling: bool = flag(True, "7: prompts x samples; off: prompts*samples prompts, 1 sample")
+    group_sampling: bool = flag(True, "7: prompts x samples; off: prompts*samples, 1 each")
 
     steps: int = flag(30, "rollouts", NOT_NEGATIVE, may_change=True)
     prompts: int = flag(32, "prompts per rollout (the paper: 512)", AT_LEAST_1)
@@ -87,14 +86,14 @@ class Settings(flags.TrainingSettings):
     critic_lr: float = flag(2e-6, "AdamW learning rate of the critic", POSITIVE)
     warmup: int = flag(10, "optimiser steps of linear warm-up", NOT_NEGATIVE)
     max_grad_norm: float = flag(1.0, "gradient clipping, of policy and critic each", POSITIVE)
-    alpha: float = flag(0.05, "α of piece 3; the outcome's weight at token 1 is exp(-1/α)", POSITIVE)
+    alpha: float = flag(0.05, "α of piece 3; the outcome reaches token 1 by exp(-1/α)", POSITIVE)
     lam_policy: float = flag(0.95, "λ of the policy's advantages without piece 3", SHARE)
     lam_critic: float = flag(1.0, "λ of the critic's targets", SHARE)
     eps_low: float = flag(0.2, "lower clip range", INSIDE_SHARE)
     eps_high: float = flag(0.28, "upper clip range", POSITIVE)
     mu: float = flag(0.1, "weight of the positive-example NLL", NOT_NEGATIVE)
     value_clip: float = flag(0.0, "clip range of the value loss; 0: none", NOT_NEGATIVE)
-    is_clip: float = flag(None, "cap of importance weights; 0: none; default: 2 with vllm, else 0", (
+    is_clip: float = flag(None, "cap of importance weights; 0: none; default: 2 with vllm or 0", (
         "is 0 or at least 1", lambda cap: cap == 0 or cap >= 1))
     whiten: bool = flag(False, "whiten the advantages over the rollout")
 
@@ -107,11 +106,9 @@ class Settings(flags.TrainingSettings):
     pretrain_passes: int = flag(10, "value pretraining: most passes over the answers", AT_LEAST_1)
 
     eval_top_p: float = flag(1.0, "top-p of evaluations (the paper: 0.7)", flags.ABOVE_0_SHARE)
-    eval_every: int = flag(5, "rollouts between evaluations; 0: only before and after", NOT_NEGATIVE,
-                           may_change=True)
+    eval_every: int = flag(5, "rollouts between evaluations; 0: first and last", NOT_NEGATIVE, True)
     eval_samples: int = flag(8, "samples per test problem in an evaluation", AT_LEAST_1)
-    save_every: int = flag(5, "rollouts between checkpoints; 0: only at the end", NOT_NEGATIVE,
-                           may_change=True)
+    save_every: int = flag(5, "rollouts between checkpoints; 0: at the end", NOT_NEGATIVE, True)
     # fmt: on
 
     def check(self):
@@ -144,9 +141,7 @@ class Settings(flags.TrainingSettings):
 
 def score(policy, critic, rows, settings):
     """Adds old_logp_BT, entropy_BT and, with a critic, old_value_BT to a rollout.
-
-    By the same code as training, not the sampler's, so the first ratio is 1.
-    """
+    By the same code as training, not the sampler's, so the first ratio is 1."""
     tokens = 4 * settings.micro_batch_tokens  # no gradient is kept
     how = (rows, settings.temperature, tokens, settings.compile)
     rows["old_logp_BT"], rows["entropy_BT"] = model.all_logprobs(policy, *how)
@@ -178,9 +173,7 @@ def advantages(rows, settings):
 
 def weights(batch, settings):
     """Adds policy_weight_BT, critic_weight_BT and nll_weight_BT to an optimiser mini-batch.
-
-    Each sums to one over the whole of it: made before it is cut into micro-batches (§4.2).
-    """
+    Each sums to one over the whole of it: made before it is cut into micro-batches (§4.2)."""
     mask_BT = table.response_mask(batch)
     how = "token" if settings.token_level_loss else "sample"  # piece 4
     batch["policy_weight_BT"] = losses.token_weights(mask_BT, how)
@@ -211,9 +204,7 @@ def policy_gradients(policy, batch, settings):
 
 def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems):
     """The run, from prompt to gradient; from its last checkpoint, if it has one.
-
-    Returns: (before, after), the metrics of `evaluate.evaluate` on the test problems.
-    """
+    Returns: (before, after), the metrics of `evaluate.evaluate` on the test problems."""
     how = (settings.max_grad_norm, warmup(settings.warmup))
     learners = {"policy": Learner(policy, settings.lr, *how)}
     if critic:  # started by piece 1

@@ -32,9 +32,7 @@ BARE_NUMBER = re.compile(SIGN + NUMBER, re.ASCII)
 
 def extract_answer(text, bare_number=False):
     """The last answer that a text states, stripped, or None if there is none or it is doubtful.
-
-    bare_number: where nothing is stated, the last number of the text is the answer.
-    """
+    bare_number: where nothing is stated, the last number of the text is the answer."""
     text = SPECIAL_TOKEN.sub("", text[-TAIL:])
     marks = list(STATEMENT.finditer(text))[-4 * MOST_STATED :]
     marks = [m for m in marks if m.group() != "####" or not is_heading(line_after(text, m.end()))]

@@ -1,12 +1,10 @@
 """How do we know? What measures and draws; every file is a script or a part of one.
 
-plot.py          the curves of runs, and a run as text: python -m lab.plot runs/NAME
-report.py        the ablations' table, findings and figures: python -m lab.report
-figures.py       those figures
-bias.py          V and advantage by token position, before and after value pretraining
-plan.py          memory and time of a run, on paper: python -m lab.plan --model NAME --gpus 64
-dryrun.py        a model's own code on tensors without memory, for plan.py
-bench.py         how fast each part is, against what one would use instead
-growth.py        how a step grows with the length and number of answers: bench --scale
-against_trl.py   TRL's GRPO trainer on our answers: bench --parts trl
+plot.py      the curves of runs, and a run as text: python -m lab.plot runs/NAME
+report.py    the ablations' table, findings and figures: python -m lab.report
+figures.py   those figures
+bias.py      V and advantage by token position, before and after value pretraining
+plan.py      memory and time of a run, on paper: python -m lab.plan --model NAME --gpus 64
+dryrun.py    a model's own code on tensors without memory, for plan.py
+bench.py     how fast each part is, against what one would use instead, and how a step grows
 """

@@ -1,7 +1,7 @@
-"""What a model's forward and backward pass holds in memory, without the memory: its own code run on torch's fake tensors.
+"""What a model's passes hold in memory, without the memory: a part of plan.py.
 
-A fake tensor has a shape, a dtype and a life, and no numbers. So parameters are counted and activations found for any
-architecture and any size, from config.json alone; on real tensors `Live` counts the same (tests/test_plan.py).
+The model's own code runs on torch's fake tensors, which have a shape, a dtype and a life, and no
+numbers: any architecture, any size, from config.json alone. On real tensors `Live` counts the same.
 """
 
 import weakref
@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-import model
+from system.loading import autocast, checkpoint_gradients, loaded
 
 FAKE = FakeTensorMode()
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of all tensors made under it that are still alive: `now`, and the most so far, `peak`."""
+    """Counts the bytes of the tensors made under it: `now`, those alive, and `peak`, the most."""
 
     def __init__(self, known=()):
         super().__init__()
@@ -29,8 +29,9 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.seen:
+        tensors = (leaf for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor))
+        for storage in map(torch.Tensor.untyped_storage, tensors):
+            if storage not in self.seen:
                 self.seen.add(storage)
                 self.count(storage.nbytes())
                 weakref.finalize(storage, self.count, -storage.nbytes())
@@ -42,48 +43,51 @@ class Live(TorchDispatchMode):
 
 
 @cache
-def imagined(path, weights, arithmetic, checkpointing=False):
-    """The causal LM of the config in `path`, of fake tensors; weights, arithmetic: dtypes as the layers see and use them.
+def imagined(path, weights, compute_dtype, checkpointing=False):
+    """The causal LM of the config in `path`, of fake tensors; weights: the dtype that layers see.
 
-    Raises: BadInput if there is no config, or no causal LM for it, or --gradient_checkpointing is none of its arts.
+    Raises: BadInput without a config, a causal LM for it, or the gradient checkpointing asked for.
     """
-    config = model.loaded(AutoConfig.from_pretrained, path, trust_remote_code=False)
+    config, make = loaded(AutoConfig.from_pretrained, path), AutoModelForCausalLM.from_config
     with FAKE:
-        network = model.loaded(lambda _: AutoModelForCausalLM.from_config(config, dtype=weights), path).eval()
-    if network.config._attn_implementation == "sdpa":  # a row needs no mask; but transformers makes one where it sees no numbers
+        network = loaded(lambda _, **how: make(config, dtype=weights), path).eval()
+    if network.config._attn_implementation == "sdpa":
+        # A row needs no mask, but transformers makes one where it sees no numbers.
         AttentionInterface.register("unmasked", sdpa_attention_forward)
         network.set_attn_implementation("unmasked")
-    for part in model.checkpoint_gradients(network, checkpointing).modules():
+    for part in checkpoint_gradients(network, checkpointing).modules():
         part.training = getattr(part, "gradient_checkpointing", False)  # see model.response_hidden
-    network.arithmetic = arithmetic
+    network.compute_dtype = compute_dtype
     return network
 
 
 @cache
 def activations(network, rows, length, backward=True):
-    """(kept, peak): bytes alive after the trunk's forward pass over `rows` rows of `length` tokens, and the most at any time.
+    """(bytes alive after the trunk's forward pass over `rows` rows of `length` tokens, the most).
 
-    Neither parameters nor their gradients count, but gradients on their way do: that of an output matrix which is the embeddings
-    too waits for the embeddings' own, until the end.
+    Parameters and their gradients do not count, but gradients on their way do: that of an output
+    matrix which is the embeddings too waits for the embeddings' own, until the end.
     """
-    trunk, matrix_VD = network.base_model, network.get_output_embeddings().weight
-    drop = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in network.parameters()]
     live = Live([*network.parameters(), *network.buffers()])
+    dropped = [parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+               for parameter in network.parameters()]  # fmt: skip
     with FAKE, live, torch.set_grad_enabled(backward):
-        with model.autocast(network):
-            hidden_BLD = trunk(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False).last_hidden_state
+        with autocast(network):
+            token_BL = torch.zeros(rows, length, dtype=torch.long)
+            hidden_BLD = network.base_model(token_BL, use_cache=False).last_hidden_state
         kept = live.now
         if backward:
-            (hidden_BLD.sum() + (matrix_VD * 1).sum()).backward()
-    for handle in drop:
-        handle.remove()
+            (hidden_BLD.sum() + (network.get_output_embeddings().weight * 1).sum()).backward()
+    for hook in dropped:
+        hook.remove()
     return kept, live.peak
 
 
 @cache
 def token_bytes(network):
-    """Bytes of one token's keys and values: those that the model makes, 2 · layers · key-value heads · width of a head · size."""
+    """Of keys and values: 2 · layers · key-value heads · width of a head · bytes of a number."""
     read = DynamicCache()
-    with FAKE, torch.no_grad(), model.autocast(network):
-        network.base_model(input_ids=torch.zeros(1, 8, dtype=torch.long), past_key_values=read, use_cache=True)
+    with FAKE, torch.no_grad(), autocast(network):
+        token_BL = torch.zeros(1, 8, dtype=torch.long)
+        network.base_model(token_BL, past_key_values=read, use_cache=True)
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in read.layers) // 8

@@ -1,14 +1,10 @@
 """A tiny base model for an embedded world: its tokenizer, and its training on demonstrations."""
 
 import torch
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    get_linear_schedule_with_warmup,
-)
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 
@@ -20,16 +16,13 @@ def word_tokenizer(words, pattern):
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     backend.decoder = decoders.Fuse()
     marks = {"pad_token": PAD, "eos_token": EOS, "unk_token": UNK}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **marks)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **marks)
 
 
 def train(tokenizer, draw, seed, layers, width, positions, updates, lr, progress=True):
-    """Fits a Llama model to fresh demonstrations by next-token cross-entropy on the response.
-
-    Args: draw, a function that returns the (prompt, response) texts of one update. Returns: it.
-    """
+    """A Llama model, fitted by cross-entropy to the responses of draw()'s (prompt, response)."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width,
         num_hidden_layers=layers, num_attention_heads=width // 32,
         num_key_value_heads=width // 32, max_position_embeddings=positions,
@@ -37,25 +30,23 @@ def train(tokenizer, draw, seed, layers, width, positions, updates, lr, progress
         tie_word_embeddings=False, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model = transformers.LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    scheduler = get_linear_schedule_with_warmup(optimizer, updates // 20, updates)
+    scheduler = transformers.get_linear_schedule_with_warmup(optimizer, updates // 20, updates)
     bar = tqdm(range(updates), desc="toy: base model", disable=not progress)
     for _ in bar:
         rows = []
         for prompt, response in draw():
-            row = tokenizer(prompt + response)["input_ids"] + [tokenizer.eos_token_id]
-            rows.append((len(tokenizer(prompt)["input_ids"]), row))
-        rows.sort(key=lambda row: len(row[1]))  # rows of like length side by side: little padding
-        tokens = sum(len(row) - prompt_length for prompt_length, row in rows)
-        total = 0.0
+            ids = tokenizer(prompt + response)["input_ids"] + [tokenizer.eos_token_id]
+            token_L, label_L = torch.tensor([ids, ids])
+            label_L[: len(tokenizer(prompt)["input_ids"])] = -100
+            rows.append((token_L, label_L))
+        rows.sort(key=lambda row: len(row[0]))  # rows of like length side by side: little padding
+        tokens, total = sum(int((label_L >= 0).sum()) for _, label_L in rows), 0.0
         for start in range(0, len(rows), 16):
-            micro = rows[start : start + 16]
-            token_BL = torch.full((len(micro), len(micro[-1][1])), tokenizer.pad_token_id)
-            label_BL = torch.full_like(token_BL, -100)
-            for i, (prompt_length, row) in enumerate(micro):
-                token_BL[i, : len(row)] = torch.tensor(row)
-                label_BL[i, prompt_length : len(row)] = torch.tensor(row[prompt_length:])
+            tokens_of, labels_of = zip(*rows[start : start + 16])
+            token_BL = pad_sequence(tokens_of, True, tokenizer.pad_token_id)
+            label_BL = pad_sequence(labels_of, True, -100)
             loss = model(input_ids=token_BL, labels=label_BL, num_items_in_batch=tokens).loss
             loss.backward()
             total += loss.item()

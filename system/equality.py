@@ -2,13 +2,13 @@
 
 What is written as a rational number is compared as a fraction: 1,000 = 1000, 0.5 = 1/2 =
 \\frac{1}{2} = 50%. Sums and products are not worked out: to "What is 25 + 49?" the answer "25 + 49"
-is none. Everything else is compared as a string in which what has no meaning is gone: spaces,
-\\left, dollar signs, the order of a sum's terms or of a set.
-More of LaTeX (\\sqrt{8} = 2\\sqrt{2}) is Math-Verify's: `math_equality.py`.
+is none. All else is compared as a string in which what has no meaning is gone: spaces, \\left,
+dollars, the order of a sum or a set. \\sqrt{8} = 2\\sqrt{2} is for Math-Verify: `math_equality.py`.
 """
 
 import re
 from fractions import Fraction
+from itertools import accumulate
 
 LONGEST = 300  # characters of a stated answer; a longer one is wrong
 
@@ -17,8 +17,7 @@ LEAD_IN = re.compile(
     r"^(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?answer is:? |"
     r"\.? I hope it is correct\.?$", re.IGNORECASE)
 WRAPPER = re.compile(
-    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|boxed|fbox|mbox)\s?"
-    r"\{([^{}]*)\}")
+    r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|operatorname|boxed|[fm]box)\s?\{([^{}]*)\}")
 NOISE = re.compile(
     r"(?<!\\)\\(?:left(?![a-z])|right(?![a-z])|[,;:! ()\[\]]|(?:q?quad|displaystyle|large|Large|bf|"
     r"rm|checkmark|square|blacksquare)(?![a-z])|(?=[%$#&]))|\*\*|__|[$`~£€₹¥\x22“”✅✓✔]")
@@ -75,10 +74,8 @@ def normalise(answer):
 
 
 def rational(answer):
-    """The number that a normalised answer is written as, as a Fraction, or None.
-
-    Decimals, fractions, mixed numbers, percentages, 1,000, a·10^n, `x = 5`, `2+3 = 5`, units.
-    """
+    """The number that a normalised answer is written as, a Fraction, or None: decimals, fractions,
+    mixed numbers, percentages, 1,000, a·10^n, `x = 5`, `2+3 = 5`, units."""
     *names, answer = split_outside(answer, "=")
     if len(names) > 8 or not all(LEFT.fullmatch(name.strip()) for name in names):
         return None
@@ -103,10 +100,8 @@ def rational(answer):
 
 
 def equal(stated, reference):
-    """Whether two stated answers are the same number or, where neither is one, the same expression.
-
-    A percentage equals its fraction and, where a percentage is asked for, the number before "%".
-    """
+    """Whether two stated answers are the same number or, where neither is one, expression. A
+    percentage equals its fraction and, where it is asked for, the number before "%"."""
     stated, reference = normalise(stated), normalise(reference)
     reference_number = rational(reference)
     exact, about, rounded = stated.replace("\\approx", "≈").partition("≈")
@@ -121,12 +116,9 @@ def equal(stated, reference):
         if re.fullmatch(r"\(?[A-J]\)?", reference):
             return chosen(stated) == reference.strip("()")
         return number is None and expression(stated) == expression(reference)
-    if number is None:
-        number = number_said(stated)
-    return number == reference_number or (
-        number is not None and stated.endswith("%") != reference.endswith("%")
-        and number * (100 if stated.endswith("%") else Fraction(1, 100)) == reference_number
-    )  # fmt: skip
+    number = number_said(stated) if number is None else number
+    percent = stated.endswith("%") - reference.endswith("%")
+    return number is not None and reference_number in (number, number * Fraction(100) ** percent)
 
 
 def number_said(answer):
@@ -173,8 +165,8 @@ FACTOR = r"(?:[A-Za-zπ](?:\^\([^()]*\))?|√\([^()]*\))"
 
 
 def expression(answer):
-    """What is no number, as the one string of all that mean it. The items of a list are read as
-    answers of their own; a list and a set have no order, a tuple and an interval have."""
+    """What is no number, as the one string of all that mean it. Items of a list are answers of
+    their own; a list and a set have no order, a tuple and an interval have."""
     for pattern, to in SPELLINGS:
         answer = pattern.sub(to, answer)
     if re.fullmatch(r"(?=(?i:no)$|.*[A-Za-z]{3})[A-Za-z0-9' .:-]*", answer):
@@ -204,7 +196,8 @@ def expression(answer):
         names = {name[0][0] for item in items if (name := NAME.match(item))}
         return "⟨" + ",".join(said if len(names) > 1 else sorted(said)) + "⟩"
     answer = NAME.sub("", answer, count=1) if NAME.match(answer) else answer
-    if answer[:1] in ("(", "[", "⟨") and answer[-1:] in (")", "]", "⟩") and closes_last(answer):
+    depths = list(accumulate((c in "([⟨") - (c in ")]⟩") for c in answer))
+    if answer[:1] in ("(", "[", "⟨") and 0 not in depths[:-1] and depths[-1] == 0:
         items = [item_of(item) for item in split_outside(answer[1:-1], ",")]
         return answer[0] + ",".join(sorted(items) if answer[0] == "⟨" else items) + answer[-1]
     return "".join(sum_of(side) for side in re.split(r"([=<>≤≥≠])", answer))
@@ -229,9 +222,8 @@ def sum_of(text):
 def product_of(text):
     """(x+5)(x-5) → (x-5)(x+5)"""
     match = re.fullmatch(r"([^()√]*(?<![fghPQ_^/]))((?:\([^()]*\)(?:\^\([^()]*\))?){2,6})", text)
-    if match is None:
-        return text
-    return match[1] + "".join(sorted(re.findall(r"\([^()]*\)(?:\^\([^()]*\))?", match[2])))
+    factors = sorted(re.findall(r"\([^()]*\)(?:\^\([^()]*\))?", match[2])) if match else []
+    return match[1] + "".join(factors) if match else text
 
 
 def split_outside(text, separator):
@@ -245,18 +237,7 @@ def split_outside(text, separator):
     return [*parts, text[start:]]
 
 
-def closes_last(text):
-    """Whether the bracket that opens the text is closed by its last character."""
-    depth = 0
-    for i, character in enumerate(text):
-        depth += (character in "([⟨") - (character in ")]⟩")
-        if depth == 0:
-            return i == len(text) - 1
-    return False
-
-
 def canonical(stated):
     """What a stated answer means, as something to count votes with: a Fraction or a string."""
-    normal = normalise(stated)
-    number = rational(normal)
+    number = rational(normal := normalise(stated))
     return expression(normal) if number is None else number

@@ -5,9 +5,8 @@ A row of a file is one problem. These pairs of fields are understood, the first 
     problem, answer         as it is
     question, answer        GSM8K: the answer is what follows the last ####
     input, target           MAWPS: a number such as 14.0
-    prompt, reward_model    DAPO-Math-17k: chat messages, and ground_truth in reward_model
-
-Chat messages are a whole prompt, with their own wording: --prompt_template does not touch them.
+    prompt, reward_model    DAPO-Math-17k: chat messages, which --prompt_template does not touch,
+                            and ground_truth in reward_model
 """
 
 import csv
@@ -16,25 +15,19 @@ import math
 import re
 from pathlib import Path
 
-from system.run import BadInput
+from system.run import BadInput, require
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@(\w+))?")  # OWNER/NAME:CONFIG@SPLIT
-
-
 FIELDS = (("problem", "answer"), ("question", "answer"), ("input", "target"),
           ("prompt", "reward_model"))  # fmt: skip
 
 
 def load_problems(path):
-    """Problems from a .jsonl, .json, .csv or .parquet file, or the hub: OWNER/NAME:CONFIG@SPLIT.
-
-    Returns: a list of {"problem": str, "answer": str, "where": str}, with "messages" where the
-    prompt is a list of chat messages. Raises: BadInput that names the file, and the bad row.
-    """
+    """A list of {"problem": str, "answer": str, "where": str}, with "messages" where the prompt is
+    a list of chat messages. Raises: BadInput that names the file, and the bad row."""
     problems = [{"where": where} | problem_of(row, where) for where, row in rows_of(str(path))]
-    if not problems:
-        raise BadInput(f"{path} holds no problems")
+    require(problems, f"{path} holds no problems")
     return problems
 
 
@@ -46,46 +39,35 @@ def problem_of(row, where):
         wanted = ", or ".join(" and ".join(pair) for pair in FIELDS)
         raise BadInput(f"{where}: wants the fields {wanted}; {has}"[:400])
     name, answer_name = pairs[0]
-    text, answer, messages = row[name], row[answer_name], None
-    if answer_name == "reward_model":
+    text, answer, messages = row[name], row[answer_name], {}
+    if name == "prompt":
+        listed = isinstance(text, list) and all(isinstance(message, dict) for message in text)
+        chat = listed and {type(m.get(n)) for m in text for n in ("role", "content")} == {str}
+        said = "must be a list of chat messages, each with role and content"
+        require(chat, f'{where}: "prompt" {said}')
+        messages["messages"] = [{n: message[n] for n in ("role", "content")} for message in text]
+        text = "\n\n".join(message["content"] for message in text)
         answer_name = "reward_model.ground_truth"
         answer = answer.get("ground_truth") if isinstance(answer, dict) else None
-        messages, text = text, ""
-        if isinstance(messages, list) and messages and all(map(is_message, messages)):
-            text = "\n\n".join(message["content"] for message in messages)
-            messages = [{n: message[n] for n in ("role", "content")} for message in messages]
-        else:
-            said = "must be a list of chat messages, each with role and content"
-            raise BadInput(f'{where}: "prompt" {said}')
-    if not isinstance(text, str) or not text.strip():
-        raise BadInput(f'{where}: "{name}" must be a text, and not empty')
+    said = f'{where}: "{name}" must be a text, and not empty'
+    require(isinstance(text, str) and text.strip(), said)
     if name == "question" and isinstance(answer, str):
         answer = answer.rpartition("####")[2].strip()
-    usable = isinstance(answer, (str, int, float)) and not isinstance(answer, bool)
-    finite = not isinstance(answer, float) or math.isfinite(answer)
-    if not usable or not finite or not str(answer).strip():
-        raise BadInput(f'{where}: "{answer_name}" must be a text or a number, and not empty')
-    problem = {"problem": text, "answer": str(answer)}
-    return problem | {"messages": messages} if messages else problem
-
-
-def is_message(message):
-    """Whether it is a chat message."""
-    texts = ("role", "content")
-    return isinstance(message, dict) and all(isinstance(message.get(n), str) for n in texts)
+    usable = type(answer) in (str, int) or (type(answer) is float and math.isfinite(answer))
+    said = f'{where}: "{answer_name}" must be a text or a number, and not empty'
+    require(usable and str(answer).strip(), said)
+    return {"problem": text, "answer": str(answer)} | messages
 
 
 def rows_of(path):
-    """Yields (where it stands, row). No row is skipped but blank lines.
-
-    Raises: BadInput that names the file, and the line where one is no JSON or CSV.
-    """
+    """Yields (where it stands, row); no row is skipped but blank lines. Raises: BadInput."""
     kind, is_file, name = Path(path).suffix, Path(path).is_file(), HUB_NAME.fullmatch(path)
-    if not is_file and (kind in KINDS or not name):
-        nor = "" if kind in KINDS else ", and no hub name (OWNER/NAME:CONFIG@SPLIT)"
-        raise BadInput(f"cannot read the problems {path}: no such file{nor}")
+    nor = "" if kind in KINDS else ", and no hub name (OWNER/NAME:CONFIG@SPLIT)"
+    require(is_file or (name and nor), f"cannot read the problems {path}: no such file{nor}")
     if is_file and kind not in (".csv", ".json", ".parquet"):
-        yield from rows_of_jsonl(path)
+        lines = text_of(path).split("\n")  # not splitlines: it cuts at U+2028 and others too
+        numbered = ((f"{path}, line {n}", line) for n, line in enumerate(lines, start=1))
+        yield from ((where, parsed(line, where)) for where, line in numbered if line.strip())
     elif kind == ".csv":
         reader = csv.DictReader(text_of(path).splitlines(keepends=True), strict=True)
         try:
@@ -93,7 +75,9 @@ def rows_of(path):
         except csv.Error as error:
             raise BadInput(f"{path}, line {reader.line_num}: not CSV ({error})") from None
     else:
-        rows = rows_of_json(path) if kind == ".json" else rows_by_datasets(path, is_file, name)
+        is_json = kind == ".json"
+        rows = parsed(text_of(path), path) if is_json else rows_by_datasets(path, is_file, name)
+        require(not is_json or isinstance(rows, list), f"{path}: wants a list of problems")
         yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
@@ -114,29 +98,14 @@ def parsed(text, where):
         raise BadInput(f"{where}: not JSON ({error})") from None
 
 
-def rows_of_jsonl(path):
-    lines = text_of(path).split("\n")  # not splitlines: it cuts at U+2028 and others too
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            yield where, parsed(line, where)
-
-
-def rows_of_json(path):
-    rows = parsed(text_of(path), path)
-    if not isinstance(rows, list):
-        raise BadInput(f"{path}: wants a list of problems")
-    return rows
-
-
 def rows_by_datasets(path, is_file, name):
     """The rows of a parquet file or, by its matched `name`, of a hub data set."""
     try:
         import datasets
     except ImportError:
         what = "is read" if is_file else "is no file; if it is a name on the hub, it is read"
-        said = f"{path} {what} by the package datasets: pip install datasets"
-        raise BadInput(said) from None
+        what += " by the package datasets: pip install datasets"
+        raise BadInput(f"{path} {what}") from None
     try:
         if is_file:
             return datasets.Dataset.from_parquet(path)

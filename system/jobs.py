@@ -15,29 +15,21 @@ ROOT = Path(__file__).parent.parent
 
 
 def call(script, argv, log):
-    """Runs a script ("toy.py", or "lab.bias" for -m) on one core, its output into the file `log`.
-
-    Raises: BadInput with the last line of the log.
-    """
+    """Runs a script ("toy.py"; "lab.bias" for -m) on one core, said in `log`. Raises: BadInput."""
     Path(log).parent.mkdir(parents=True, exist_ok=True)
-    path = ROOT / script
-    command = [str(path)] if path.is_file() else ["-m", script]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path, one_core = ROOT / script, {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *([path] if path.is_file() else ["-m", script]), *map(str, argv)]
     with open(log, "a") as file:  # a resumed run goes on in the log of its first part
-        command = [sys.executable, *command, *map(str, argv)]
-        code = subprocess.run(
-            command, stdout=file, stderr=subprocess.STDOUT, env=environment
-        ).returncode
+        how = {"stdout": file, "stderr": subprocess.STDOUT, "env": os.environ | one_core}
+        code = subprocess.run(command, **how).returncode
     if code:
-        *_, last = ["", *Path(log).read_text().replace("\r", "\n").strip().split("\n")]
+        last = Path(log).read_text().replace("\r", "\n").strip().split("\n")[-1]
         raise BadInput(f"{script} ended with exit code {code}, see {log}: {last}")
 
 
 def side_by_side(jobs, workers):
     """Runs functions without arguments, `workers` at a time (0: as many as there are cores).
-
-    Args: jobs, {name: function}. Yields: (name, what it returned, BadInput or None), as they end.
-    """
+    Args: {name: function}. Yields: (name, what it returned, BadInput or None), as they end."""
     known = hasattr(os, "sched_getaffinity")  # macOS has only cpu_count
     cores = len(os.sched_getaffinity(0)) if known else os.cpu_count()
     pool = ThreadPoolExecutor(workers or cores)
@@ -45,7 +37,7 @@ def side_by_side(jobs, workers):
     try:
         for done in tqdm(as_completed(names), total=len(names), desc="runs"):
             error = done.exception()
-            if error is not None and not isinstance(error, BadInput):
+            if error and not isinstance(error, BadInput):
                 raise error
             yield names[done], None if error else done.result(), error
     finally:

@@ -9,15 +9,11 @@ from torch.optim.lr_scheduler import LinearLR
 
 class Learner:
     """A network that learns: with AdamW (no weight decay) and a schedule of its learning rate.
-
-    Args: max_grad_norm, the largest gradient norm, over the whole model; schedule, a function
-    optimiser → scheduler.
-    """
+    Args: max_grad_norm, over the whole model; schedule, a function optimiser → scheduler."""
 
     def __init__(self, network, lr, max_grad_norm, schedule):
         self.network, self.max_grad_norm = network, max_grad_norm
-        parameters = network.parameters()
-        self.optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=0.0, fused=True)
         self.scheduler = schedule(self.optimizer)
 
     @property
@@ -34,13 +30,9 @@ def warmup(steps):
 
 def step_or_skip(learners, metrics):
     """One optimiser step of all learners or, where a loss or gradient is not finite, of none.
-
-    Args: learners, {name: Learner} with gradients, which are used up; metrics, the mini-batch's,
-    to which NAME_grad_norm, the norm before clipping, is added.
-    Returns: whether the step was made.
-    """
-    for name, learner in learners.items():
-        metrics[f"{name}_grad_norm"] = clip_gradients(learner)
+    Args: {name: Learner} with gradients, which are used up; metrics, to which NAME_grad_norm, the
+    norm before clipping, is added. Returns: whether the step was made."""
+    metrics |= {f"{name}_grad_norm": clip_gradients(own) for name, own in learners.items()}
     finite = all(map(math.isfinite, metrics.values()))
     for learner in learners.values():
         if finite:
@@ -51,10 +43,6 @@ def step_or_skip(learners, metrics):
 
 
 def clip_gradients(learner):
-    """Scales the gradients g by min(1, max_grad_norm / ‖g‖); the norm is over all ranks' shares.
-
-    Returns: ‖g‖, a float.
-    """
-    parameters = learner.network.parameters()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, learner.max_grad_norm)
+    """Scales the gradients g by min(1, max_grad_norm / ‖g‖), all ranks' together. Returns: ‖g‖."""
+    norm = torch.nn.utils.clip_grad_norm_(learner.network.parameters(), learner.max_grad_norm)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

@@ -3,10 +3,9 @@
     pip install math-verify      # optional: only for --verifier math_verify
 
 What equality.equal accepts is right; two numbers are compared by it alone, and a sum or product of
-numbers is not worked out (or "25 + 49" would be the answer to "What is 25 + 49?"). All else is
-Math-Verify's (github.com/huggingface/Math-Verify) to decide. It simplifies with sympy what a model
-wrote, which can take any time and memory: so a child process does it, and a verdict that takes too
-much of either is "wrong", and costs that child its life.
+numbers is not worked out ("25 + 49" does not answer "What is 25 + 49?"). All else is Math-Verify's.
+It simplifies with sympy what a model wrote, which can take any time and memory: a child process
+does it, and a verdict that takes too much of either is "wrong", and costs that child its life.
 """
 
 import json
@@ -17,17 +16,14 @@ import sys
 
 if __name__ != "__main__":  # the child has no use for them
     from system.equality import equal, normalise, rational
+    from system.run import require
 
-ARITHMETIC = re.compile(
-    r"(?:[\d\s.,+*/()^×·÷{}!-]|\\(?:cdot|times|div|[dt]?frac|left|right))*")  # fmt: skip
+ARITHMETIC = re.compile(r"(?:[\d\s.,+*/()^×·÷{}!-]|\\(?:cdot|times|div|[dt]?frac|left|right))*")
 
 
 class MathEquality:
-    """equal(stated, reference) as equality.equal, and Math-Verify's beyond it.
-
-    Args: seconds, the longest that a verdict may take; megabytes, the most memory of the child
-    (not limited on macOS). Raises: BadInput if its process does not start.
-    """
+    """equal(stated, reference) as equality.equal, and Math-Verify's beyond it, in a child of at
+    most `megabytes` (not on macOS) and `seconds` a verdict. Raises: BadInput if it cannot start."""
 
     def __init__(self, seconds=5.0, megabytes=2048):
         self.seconds, self.megabytes, self.child = seconds, megabytes, None
@@ -43,40 +39,34 @@ class MathEquality:
         """The child's verdict; False where it takes too long, or dies of it."""
         if self.child is None:
             self.start()
-        try:
-            self.child.stdin.write(json.dumps([stated, reference]).encode() + b"\n")
-            self.child.stdin.flush()
-            verdict = self.answer_within(self.seconds)
-        except BrokenPipeError:
-            verdict = None
-        if verdict is None:
-            self.close()  # the next question starts another
-        return verdict is True
+        return self.answer(stated, reference, self.seconds) or False
 
     def start(self):
         command = [sys.executable, __file__, str(self.megabytes)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.child = subprocess.Popen(command, **pipes, start_new_session=True)  # no Ctrl-C for it
-        if self.answer_within(120) != "ready":  # it imports sympy first
-            self.close()
-            from system.run import BadInput
+        how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        how |= {"text": True, "start_new_session": True}  # Ctrl-C is not for it
+        self.child = subprocess.Popen(command, **how)
+        works = self.answer("2\\sqrt{2}", "\\sqrt{8}", seconds=120)  # it imports sympy first
+        said = f"Math-Verify does not work in {self.megabytes} MB of memory, or not at all"
+        require(works, f"{said}: try python -c 'import math_verify'")
 
-            said = f"Math-Verify does not work in {self.megabytes} MB of memory, or not at all"
-            raise BadInput(f"{said}: try python -c 'import math_verify'")
-
-    def answer_within(self, seconds):
-        """The next line that the child writes, as JSON, or None if none comes in time."""
-        readable, _, _ = select.select([self.child.stdout], [], [], seconds)
-        line = self.child.stdout.readline() if readable else b""
+    def answer(self, stated, reference, seconds):
+        """What the child answers to a question; None if nothing in time: then it is killed."""
+        try:
+            print(json.dumps([stated, reference]), file=self.child.stdin, flush=True)
+            readable, _, _ = select.select([self.child.stdout], [], [], seconds)
+            line = self.child.stdout.readline() if readable else ""
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self.close()  # the next question starts another
         return json.loads(line) if line else None
 
     def close(self):
         """Kills the child, if there is one."""
         if self.child:
             self.child.kill()
-            self.child.wait()
-            self.child.stdin.close()
-            self.child.stdout.close()
+            self.child.communicate()
             self.child = None
 
     __del__ = close
@@ -97,14 +87,10 @@ def serve(megabytes):
         how = {"fallback_mode": "no_fallback", "parsing_timeout": None}
         return math_verify.parse(f"\\boxed{{{answer}}}", boxed, **how)
 
-    eight, roots = read("\\sqrt{8}"), read("2\\sqrt{2}")
-    works = math_verify.verify(eight, roots, timeout_seconds=None)  # in this memory too
-    print(json.dumps("ready" if works else "broken"), flush=True)
     for line in sys.stdin:
         try:
             stated, reference = map(read, json.loads(line))
-            both = bool(stated and reference)
-            verdict = both and math_verify.verify(reference, stated, timeout_seconds=None)
+            verdict = math_verify.verify(reference, stated, timeout_seconds=None)
         except Exception:  # whatever sympy finds wrong with what a model wrote; out of memory too
             verdict = False
         print(json.dumps(bool(verdict)), flush=True)

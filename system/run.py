@@ -1,8 +1,7 @@
 """One run: a directory to write into, signals that stop it, and one clear line when it fails.
 
-A run directory holds config.json (settings, revision, versions), metrics.jsonl (one line a step),
-the same numbers for TensorBoard in tb/, samples.jsonl (a few answers an evaluation), checkpoint/
-(to resume from), policy/ and critic/.
+A run directory holds config.json (settings, revision, versions), metrics.jsonl (a line a step; in
+tb/ for TensorBoard), samples.jsonl (a few answers an evaluation), checkpoint/, policy/, critic/.
 """
 
 import errno
@@ -12,7 +11,6 @@ import math
 import os
 import platform
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,10 +25,7 @@ from system import distributed
 
 
 class BadInput(ValueError):
-    """Something that the user can mend; its message is one line that names cause and fix.
-
-    It is the same on all ranks, so rank 0 alone prints it.
-    """
+    """Something that the user can mend; its message, the same on all ranks, names cause and fix."""
 
 
 class Stopped(Exception):
@@ -38,7 +33,7 @@ class Stopped(Exception):
 
 
 def require(condition, message):
-    """Raises BadInput(message) unless the condition holds."""
+    """Raises: BadInput(message) unless the condition holds."""
     if not condition:
         raise BadInput(message)
 
@@ -48,34 +43,32 @@ USERS_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS
 
 
 def exit_on_bad_input(main):
-    """Decorates a script's main: what ends a run ends in one line on standard error.
-
+    """Decorates a script's main: one line on standard error says why it ends.
     BadInput, and a disk that is full or closed: exit code 2. A signal: 128 + its number. Any other
-    error keeps its traceback; under torchrun, rank 0 adds which ranks do not answer any more.
-    """
+    error keeps its traceback; under torchrun, rank 0 adds which ranks do not answer any more."""
 
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
             return main(argv)
-        except BadInput as error:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-            raise SystemExit(2) from None
+        except BadInput as error:  # the same on all ranks: rank 0 alone says it
+            said, code = f"error: {' '.join(str(error).split())}", 2
+            said = said if os.environ.get("RANK", "0") == "0" else ""
         except KeyboardInterrupt:
-            print("stopped at once; what was saved before stays", file=sys.stderr)
-            raise SystemExit(128 + (STOP[0] if STOP else signal.SIGINT)) from None
+            by = STOP[0] if STOP else signal.SIGINT
+            said, code = "stopped at once; what was saved before stays", 128 + by
         except Stopped as stopped:
             by = STOP[0] if STOP else signal.SIGTERM  # another rank may have been asked
-            print(f"stopped by {by.name}: {stopped}", file=sys.stderr)
-            raise SystemExit(128 + by) from None
+            said, code = f"stopped by {by.name}: {stopped}", 128 + by
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in USERS_DISK:
-                said = f"{error.filename or 'writing'}: {error.strerror}"
-                print(f"error: {said}: mend that, or give another --out", file=sys.stderr)
-                raise SystemExit(2) from None
-            distributed.name_missing_ranks(error)
-            raise
+            if not isinstance(error, OSError) or error.errno not in USERS_DISK:
+                distributed.name_missing_ranks(error)
+                raise
+            said, code = f"error: {error.filename or 'writing'}: {error.strerror}", 2
+            said += ": mend that, or give another --out"
+        if said:
+            print(said, file=sys.stderr, flush=True)
+        raise SystemExit(code)
 
     return wrapped
 
@@ -112,13 +105,12 @@ def stopping():
 
 def pick_device(name):
     """torch.device for --device. Raises: BadInput."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(name)
+        device = torch.device(auto if name == "auto" else name)
     except RuntimeError as error:
         raise BadInput(f"--device {name}: {error}") from None
-    available = device.type != "cuda" or torch.cuda.is_available()
+    available = device.type != "cuda" or auto == "cuda"
     require(available, f"--device {name}: this machine has no CUDA device")
     if device.type == "cuda" and distributed.world() > 1:
         said = "under torchrun each process has its own; leave the number out"
@@ -126,11 +118,13 @@ def pick_device(name):
         here, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         said = f"{here} processes for the {there} GPUs of this machine"
         require(here <= there, f"{said}: torchrun --nproc_per_node {there}")
-    return distributed.local_device(device)
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
 
 
 def seeded_generator(seed, purpose, device="cpu"):
-    """A torch.Generator for one purpose of a run: equal for equal (seed, purpose), else unrelated."""
+    """A torch.Generator for one purpose: equal for equal (seed, purpose), else unrelated."""
     drawn = random.Random(f"{purpose} {seed}").getrandbits(63)
     return torch.Generator(device).manual_seed(drawn)
 
@@ -141,9 +135,7 @@ def kernel(function, compile, device):
     return compiled(function) if compile else function
 
 
-@functools.cache
-def compiled(function):
-    return torch.compile(function, dynamic=True)
+compiled = functools.cache(lambda function: torch.compile(function, dynamic=True))
 
 
 @contextmanager
@@ -156,106 +148,98 @@ def timed(seconds, name):
 
 def describe(device):
     """Revision, versions and device, for the record beside the numbers."""
-    here = Path(__file__).parent.parent
-
-    def git(*words):
-        command = ["git", "-C", str(here), *words]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10)
-
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    how = {"capture_output": True, "text": True, "timeout": 10}
     try:  # dirty: the code differs; results that ablate.py writes into the tree do not count
-        revision = git("describe", "--always", "--abbrev=12").stdout.strip() or "unknown"
-        dirty = git("diff", "--quiet", "HEAD", "--", "*.py").returncode == 1
-        revision += "-dirty" if dirty else ""
+        name = subprocess.run([*git, "describe", "--always", "--abbrev=12"], **how).stdout.strip()
+        differs = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], **how).returncode
+        revision = (name or "unknown") + "-dirty" * (differs == 1)
     except (OSError, subprocess.TimeoutExpired):
         revision = "unknown"
-    cuda = device.type == "cuda"
+    cuda, processor = device.type == "cuda", platform.processor() or platform.machine()
     return {
         "revision": revision, "python": platform.python_version(), "torch": torch.__version__,
         "transformers": transformers.__version__, "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if cuda
-                  else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if cuda else processor,
     }  # fmt: skip
 
 
-def write_json(path, value):
-    """Writes beside and renames: the file is the old or the new one, never half. Rank 0 does."""
-    path = Path(path)
-    if distributed.rank():
-        return
+@contextmanager
+def written_whole(path):
+    """Yields a binary file that becomes `path` when the block has ended well: never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(value, indent=2) + "\n")
-    beside.replace(path)
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Writes a JSON file, whole or not at all. Rank 0 does."""
+    if not distributed.rank():
+        with written_whole(Path(path)) as file:
+            file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
 def step_of(line):
     """The step of a line of a .jsonl log; infinite if it was not written whole."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf
 
 
 class Log:
-    """metrics.jsonl, TensorBoard and samples.jsonl of one run.
-
-    A run that goes on from step `after` first drops the lines of later steps, so no step is there
-    twice; a new run (`after` = -1) drops them all.
-    """
+    """metrics.jsonl, TensorBoard and samples.jsonl of one run. Rank 0 logs. The lines of steps
+    later than `after` are dropped first, so that none is there twice."""
 
     def __init__(self, run_dir, after=-1):
         self.run_dir, self.tensorboard, self.warned = Path(run_dir), None, False
-        if distributed.rank():  # rank 0 logs
+        if distributed.rank():
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        if after < 0:
-            shutil.rmtree(self.run_dir / "tb", ignore_errors=True)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            path = self.run_dir / name
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            beside = path.with_name(name + ".tmp")
-            beside.write_text("".join(line for line in lines if step_of(line) <= after))
-            beside.replace(path)
-        purge = after + 1 if after >= 0 else None
-        self.tensorboard = SummaryWriter(self.run_dir / "tb", purge_step=purge)
+        for path in (self.run_dir / "metrics.jsonl", self.run_dir / "samples.jsonl"):
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            with written_whole(path) as file:
+                file.writelines(line for line in lines if step_of(line) <= after)
+        self.tensorboard = SummaryWriter(self.run_dir / "tb", purge_step=after + 1)
 
     def metrics(self, step, numbers):
         """One line of numbers; what is not finite becomes null."""
-        numbers = {name: float(value) for name, value in numbers.items()}
-        finite = {name: v if math.isfinite(v) else None for name, v in numbers.items()}
-        self._write("metrics.jsonl", [{"step": step} | finite])
-        try:
+        finite = {name: float(v) if math.isfinite(v) else None for name, v in numbers.items()}
+        self.write("metrics.jsonl", [{"step": step} | finite])
+        with self.warning():
             for name, value in numbers.items() if self.tensorboard else ():
-                self.tensorboard.add_scalar(name, value, step)
+                self.tensorboard.add_scalar(name, float(value), step)
             if self.tensorboard:
                 self.tensorboard.flush()
-        except OSError as error:
-            self._warn(error)
 
     def samples(self, step, samples):
-        self._write("samples.jsonl", [{"step": step} | sample for sample in samples])
+        self.write("samples.jsonl", [{"step": step} | sample for sample in samples])
 
-    def _write(self, name, lines):
-        if self.tensorboard is None:
-            return
-        try:
-            with open(self.run_dir / name, "a") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
-        except OSError as error:
-            self._warn(error)
+    def write(self, name, lines):
+        if self.tensorboard:
+            with self.warning(), open(self.run_dir / name, "a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
 
-    def _warn(self, error):
+    @contextmanager
+    def warning(self):
         """A log that is lost is not a run that is lost: it is said once."""
-        if not self.warned:
-            said = f"cannot write the log in {self.run_dir} ({error}); the run goes on"
-            print(f"warning: {said}", file=sys.stderr)
-        self.warned = True
+        try:
+            yield
+        except OSError as error:
+            if not self.warned:
+                said = f"cannot write the log in {self.run_dir} ({error}); the run goes on"
+                print(f"warning: {said}", file=sys.stderr)
+            self.warned = True
 
     def close(self):
-        try:
+        with self.warning():
             if self.tensorboard:
                 self.tensorboard.close()
-        except OSError as error:
-            self._warn(error)

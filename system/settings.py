@@ -1,7 +1,7 @@
 """Flags: a frozen dataclass a script, a field a flag, its range and its line of help beside it.
 
-`HfArgumentParser` makes the flags. `@FILE` reads flags from a file, one a line; a flag given twice
-counts as given last. config.json of a run directory holds the settings as a JSON object.
+`HfArgumentParser` makes the flags. `@FILE` reads flags from a file, one a line; of a flag given
+twice the last counts. config.json of a run directory holds the settings as a JSON object.
 """
 
 import argparse
@@ -35,10 +35,8 @@ PROMPT = (  # DAPO's wording
 
 
 def flag(default, help, allowed=None, may_change=False):
-    """A settings field: one flag, its default, its line of help, and what its value may be.
-
-    may_change: a resumed run may have another value, for it changes no number.
-    """
+    """A settings field: a flag, its default, its line of help, what its value may be, and whether
+    a resumed run may have another one, for it changes no number."""
     metadata = {"help": help.replace("%", "%%"), "allowed": allowed, "may_change": may_change}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -52,12 +50,12 @@ class Settings:
     def check(self):
         """Raises: BadInput if a value is out of its range."""
         for known in fields(self):
-            words, allows = known.metadata.get("allowed") or ("", None)
+            words, allows = known.metadata["allowed"] or ("", lambda value: True)
             value = getattr(self, known.name)
-            fine = allows is None or value is None or allows(value)
-            require(fine, f"--{known.name} {words}")
+            require(value is None or allows(value), f"--{known.name} {words}")
 
 
+# fmt: off
 @dataclass(frozen=True)
 class SamplingSettings(Settings):
     """What every script that samples has: the model, its prompt, its answers, the verifier."""
@@ -72,78 +70,63 @@ class SamplingSettings(Settings):
     chat_template: bool = flag(True, "put prompts into the tokenizer's chat format, if it has one")
     prompt_length: int = flag(1024, "most tokens of a prompt; a longer one is refused", AT_LEAST_1)
     drop_long_prompts: bool = flag(False, "leave problems with longer prompts out, with a warning")
-    response_length: int = flag(1024, "most tokens of an answer; a longer one is cut, and wrong",
-                                AT_LEAST_1)
+    response_length: int = flag(1024, "most tokens of an answer; a cut one is wrong", AT_LEAST_1)
     temperature: float = flag(1.0, "of sampling, and of the training log-probs alike", POSITIVE)
     verifier: Literal["exact", "math_verify"] = flag(
         "exact", "exact: verifier.py; math_verify: general LaTeX too (pip install math-verify)")
-    bare_number: bool = flag(False, "an answer in none of the forms of verifier.py: its last number")
+    bare_number: bool = flag(False, "where no answer is stated: the last number (verifier.py)")
     engine: Literal["slots", "hf", "vllm"] = flag(
         "slots", "slots: our fast sampler; hf: transformers' generate; vllm: if it is installed")
     sample_rows: int = flag(256, "answers that are sampled side by side", AT_LEAST_1)
     compile_decode: bool = flag(False, "--engine slots: torch.compile its step (slow on a CPU)")
-    vllm_memory: float = flag(0.3, "--engine vllm: its share of a GPU's memory", ABOVE_0_SHARE,
-                              may_change=True)
-    tensor_parallel: int = flag(1, "--engine vllm: so many neighbouring GPUs hold one copy",
-                                AT_LEAST_1, may_change=True)
+    vllm_memory: float = flag(0.3, "vllm: share of a GPU's memory", ABOVE_0_SHARE, may_change=True)
+    tensor_parallel: int = flag(1, "vllm: GPUs that hold one copy", AT_LEAST_1, may_change=True)
 
     def check(self):
         super().check()
-        slots, vllm = self.engine == "slots", self.engine == "vllm"
+        slots, parallel, processes = self.engine == "slots", self.tensor_parallel, self.processes()
         require(slots or not self.compile_decode, "--compile_decode is for --engine slots")
-        parallel = self.tensor_parallel
-        require(parallel == 1 or vllm, "--tensor_parallel is for --engine vllm")
-        processes = self.processes()
+        require(parallel == 1 or self.engine == "vllm", "--tensor_parallel is for --engine vllm")
         said = f"the number of processes (torchrun), {processes}, is no multiple of it"
         require(processes % parallel == 0, f"--tensor_parallel {parallel}: {said}")
-        if self.verifier == "math_verify":
-            self.need("--verifier math_verify", "math-verify")
-        if vllm:
-            self.need("--engine vllm", "vllm")
+        for name, module in (("verifier", "math_verify"), ("engine", "vllm")):
+            there = getattr(self, name) != module or importlib.util.find_spec(module)
+            package = module.replace("_", "-")
+            require(there, f"--{name} {module} needs the package {package}: pip install {package}")
         pick_device(self.device)
 
     def processes(self):
         """How many share the work."""
         return distributed.world()
 
-    def need(self, flags, package):
-        """Raises: BadInput if an optional package is missing."""
-        there = importlib.util.find_spec(package.replace("-", "_")) is not None
-        require(there, f"{flags} needs the package {package}: pip install {package}")
-
 
 @dataclass(frozen=True)
 class TrainingSettings(SamplingSettings):
     """What both training scripts have beside that."""
 
-    train: str = flag("", "training problems: .jsonl, .json, .csv, .parquet or OWNER/NAME:CONFIG@SPLIT")
+    train: str = flag("", "training problems: a file or OWNER/NAME:CONFIG@SPLIT (system/files.py)")
     reward_correct: float = flag(1.0, "reward of a correct answer")
     reward_wrong: float = flag(0.0, "reward of a wrong answer")
     compile: bool = flag(None, "torch.compile the loss and log-prob kernels; default: on cuda")
-    micro_batch_tokens: int = flag(16384, "tokens of a pass, padding included; changes no gradient",
-                                   AT_LEAST_1, may_change=True)
-    gradient_checkpointing: bool = flag(
-        False, "compute activations again in the backward pass: less memory", may_change=True)
-    cpu_offload: bool = flag(False, "torchrun: weights and optimiser states stay in CPU memory",
-                             may_change=True)
+    micro_batch_tokens: int = flag(16384, "tokens of a pass, padded", AT_LEAST_1, may_change=True)
+    gradient_checkpointing: bool = flag(False, "less memory, but more time", may_change=True)
+    cpu_offload: bool = flag(False, "torchrun: weights stay in the CPU's memory", may_change=True)
+    # fmt: on
 
     def check(self):
         super().check()
-        said = 'give --train FILE: say, a JSONL of {"problem": ..., "answer": ...}'
-        require(bool(self.train), said)
+        require(self.train, 'give --train FILE: say, a JSONL of {"problem": ..., "answer": ...}')
         cuda = pick_device(self.device).type == "cuda"
         said = "--cpu_offload keeps a GPU's memory free: it is for CUDA"
         require(cuda or not self.cpu_offload, said)
 
 
 def parse(settings_class, argv, description, defaults=None):
-    """Flags → a frozen dataclass. defaults: {name: value} in the place of the fields' own.
-
-    An unknown flag or a value of a wrong type is BadInput.
-    """
-    parser = Parser(settings_class, description=description, fromfile_prefix_chars="@",
-                    allow_abbrev=False, add_help=False, formatter_class=HelpFormatter,
-                    usage="python %(prog)s [@FILE with flags] [--flag value] ...")  # fmt: skip
+    """Flags → a frozen dataclass; `defaults` in the place of the fields' own. Raises: BadInput."""
+    usage = "python %(prog)s [@FILE with flags] [--flag value] ..."
+    how = {"allow_abbrev": False, "add_help": False, "formatter_class": HelpFormatter}
+    how |= {"fromfile_prefix_chars": "@", "description": description.partition("\n")[0]}
+    parser = Parser(settings_class, usage=usage, **how)
     parser.add_argument("--help", "-h", action="help", help=argparse.SUPPRESS)
     parser.set_defaults(**(defaults or {}))
     return settings_class(**vars(parser.parse_args(argv)))
@@ -151,38 +134,29 @@ def parse(settings_class, argv, description, defaults=None):
 
 class Parser(HfArgumentParser):
     def add_argument(self, *names, allowed=None, may_change=None, **options):
+        options |= {"help": argparse.SUPPRESS} if names[0].startswith("--no_") else {}
         return super().add_argument(*names, **options)
 
     def error(self, message):
         raise BadInput(f"{message} (see --help)")
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """The description's first line; a line a flag, `--[no_]flag` for what is on by default."""
-
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):  # a line a flag
     def __init__(self, prog):
-        super().__init__(prog, max_help_position=28, width=150)
-
-    def _fill_text(self, text, width, indent):
-        return text.partition("\n")[0]
-
-    def _format_action(self, action):
-        is_off_switch = action.option_strings[0].startswith("--no_")
-        return "" if is_off_switch else super()._format_action(action)
+        super().__init__(prog, max_help_position=32, width=150)
 
     def _format_action_invocation(self, action):
         name = action.option_strings[0].removeprefix("--")
         return f"--[no_]{name}" if action.default is True else f"--{name}"
 
     def _get_help_string(self, action):
-        obvious = action.default in (None, "", True) or len(str(action.default)) > 60
+        obvious = str(action.default) in ("None", "", "True") or len(str(action.default)) > 60
         return action.help if obvious else super()._get_help_string(action)
 
 
 def new_run_dir(out, name):
     """--out, or runs/NAME-DATE-TIME. Raises: BadInput if it holds a run."""
-    stamp = time.strftime(f"runs/{name}-%Y%m%d-%H%M%S")
-    run_dir = Path(out or distributed.from_rank_0(stamp))
+    run_dir = Path(out or distributed.from_rank_0(time.strftime(f"runs/{name}-%Y%m%d-%H%M%S")))
     taken = distributed.from_rank_0((run_dir / "config.json").exists())
     said = f"{run_dir} holds a run: --resume {run_dir} goes on with it, or give another --out"
     require(not taken, said)
@@ -191,8 +165,8 @@ def new_run_dir(out, name):
 
 def save_config(run_dir, settings, device):
     """Writes RUN_DIR/config.json: the settings, and what they ran on."""
-    config = {"settings": asdict(settings), "on": describe(device)}
-    write_json(Path(run_dir) / "config.json", config)
+    value = {"settings": asdict(settings), "on": describe(device)}
+    write_json(Path(run_dir) / "config.json", value)
 
 
 def load_config(settings_class, run_dir):
@@ -200,20 +174,19 @@ def load_config(settings_class, run_dir):
     path = Path(run_dir) / "config.json"
     require(path.is_file(), f"--resume {run_dir}: not a run directory (no config.json in it)")
     try:
-        saved = json.loads(path.read_text())["settings"]
-        return settings_class(**saved)
+        return settings_class(**json.loads(path.read_text())["settings"])
     except (ValueError, KeyError, TypeError):
-        said = "was written by another revision, whose runs this one cannot go on with"
-        raise BadInput(f"{path} {said}: check that one out, or start again with another --out") from None
+        said = f"{path} was written by another revision, whose runs this one cannot go on with"
+        raise BadInput(f"{said}: check that one out, or start again with another --out") from None
 
 
 def resumed(settings_class, argv, description, run_dir):
     """The settings of a run that goes on: its own, and of `argv` what may change."""
-    saved = load_config(settings_class, run_dir)
-    settings = parse(settings_class, argv, description, asdict(saved))
-    if differ := changed(asdict(saved), settings):
-        said = f"--{' and --'.join(differ)} cannot change"
-        raise BadInput(f"--resume goes on with the run's own settings: {said}")
+    saved = asdict(load_config(settings_class, run_dir))
+    settings = parse(settings_class, argv, description, saved)
+    differ = " and --".join(changed(saved, settings))
+    said = f"--resume goes on with the run's own settings: --{differ} cannot change"
+    require(not differ, said)
     return settings
 
 
@@ -224,18 +197,15 @@ def changed(saved, settings):
 
 
 def require_same(out, settings, ways):
-    """Raises: BadInput if `out` holds work that was stopped, with other settings.
-
-    ways: names of files, compared by their way from --out, which may have moved.
-    """
+    """Raises: BadInput if `out` holds work that was stopped, with other settings; `ways`, names of
+    files, are compared by their way from --out, which may have moved."""
     if not distributed.from_rank_0((out / "config.json").exists()):
         return
     saved = asdict(load_config(type(settings), out))
     for name in ways:
         before, now = saved[name], getattr(settings, name)
-        if before and now:
-            same = relpath(before, saved["out"]) == relpath(now, settings.out)
-            saved[name] = now if same else before
+        if before and now and relpath(before, saved["out"]) == relpath(now, settings.out):
+            saved[name] = now
     differ = ", ".join(changed(saved, settings))
     said = f"holds work that was stopped, with another {differ}: give another --out, or remove it"
     require(not differ, f"{out} {said}")

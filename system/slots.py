@@ -2,17 +2,17 @@
 
 Prompts are read once and their cache copied for the samples; an answer that ends leaves its slot to
 one that waits, so short answers never wait for long ones. All slots write at one common column of
-the cache, `now`: a row that enters finds its prompt in the columns just before. Its tokens stand
-side by side, as with left padding, so that one copy serves all rows and the model's own masks,
-sliding windows too, are right as they are.
+the cache, `now`; a row that enters finds its prompt just before. Its tokens stand side by side, as
+with left padding: one copy serves all rows, and the model's masks, sliding windows too, are right.
 
 Shapes: P prompts with G samples each, B = P·G rows; R slots, K columns of the cache; H heads, D
 width of a head; L prompt tokens, T response tokens, V vocabulary.
 """
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicCache, TopPLogitsWarper
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from system.loading import autocast
 from system.run import require
@@ -27,24 +27,20 @@ STEPS_UNSEEN = 8  # tokens between two looks at what has ended, where a look hol
 
 def sample_in_slots(policy, prompts, samples, max_tokens, pick, generator, eos_N, slots, bar):
     """`samples` answers to each prompt (token ids).
-
     Args: pick, a function (logit_RV, generator) → (token_R, logp_R); eos_N, what ends an answer.
-    Returns: (token_BT, logp_BT, length_B, stop_B), columns past an answer's end undefined.
-    """
+    Returns: (token_BT, logp_BT, length_B, stop_B), columns past an answer's end undefined."""
     device, answers = policy.device, len(prompts) * samples
     slots, steps_unseen = min(slots, answers), 1 if device.type == "cpu" else STEPS_UNSEEN
     # One row more than there are answers: what slots without an answer write goes there.
-    token_BT = torch.zeros(answers + 1, max_tokens, dtype=torch.long, device=device)
     logp_BT = torch.zeros(answers + 1, max_tokens, device=device)
-    length_B = torch.zeros(answers + 1, dtype=torch.long, device=device)
-    stop_B = torch.zeros(answers + 1, dtype=torch.bool, device=device)
+    token_BT, length_B, stop_B = logp_BT.long(), logp_BT[:, 0].long(), logp_BT[:, 0].bool()
     row_R = torch.full((slots,), answers, device=device)  # which answer a slot writes
-    # A slot's last token, and where that stands.
-    last_R, position_R = torch.zeros(2, slots, dtype=torch.long, device=device)
+    last_R, position_R = torch.zeros(2, slots, dtype=torch.long, device=device)  # of its last token
     longest_prompt = max(map(len, prompts))
     cache, entered, read_from, read_to = None, 0, 0, 0
-    compiled = getattr(policy, "compiled", None)
-    static = static_columns(longest_prompt + max_tokens) if compiled else 0
+    compiled, static = getattr(policy, "compiled", None), 0
+    if compiled:  # a power of two, a quarter of it free after the longest answer: no table doubles
+        static = max(STATIC_COLUMNS, 1 << (4 * (longest_prompt + max_tokens) // 3).bit_length())
     while True:
         free_R = (row_R == answers).nonzero()[:, 0]
         while entered < answers and len(free_R):
@@ -95,44 +91,29 @@ def read_prompts(policy, prompts):
     mask_PL = torch.arange(width, device=policy.device) >= width - length_P[:, None]
     position_PL = (mask_PL.cumsum(dim=1) - 1).clamp(min=0)
     read = DynamicCache()
+    how = {"position_ids": position_PL, "past_key_values": read, "use_cache": True}
     with autocast(policy):
-        policy.base_model(input_ids=prompt_PL, attention_mask=mask_PL.long(),
-                          position_ids=position_PL, past_key_values=read, use_cache=True)  # fmt: skip
-    plain = all(type(layer) is DynamicLayer for layer in read.layers)
-    said = "keeps more than keys and values: sample with --engine hf"
-    require(plain, f"{type(policy).__name__} {said}")
+        policy.base_model(input_ids=prompt_PL, attention_mask=mask_PL.long(), **how)
+    said = f"{type(policy).__name__} keeps more than keys and values: sample with --engine hf"
+    require(all(type(layer) is DynamicLayer for layer in read.layers), said)
     return read, prompt_PL, length_P
 
 
 def left_padded(prompts, device):
     """(prompt_PL, prompt_length_P): all end in the last column; the padding's id is masked."""
-    length_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    shape = len(prompts), int(length_P.max())
-    prompt_PL = torch.zeros(shape, dtype=torch.long, device=device)
-    for row_L, prompt in zip(prompt_PL, prompts):
-        row_L[len(row_L) - len(prompt) :] = torch.tensor(prompt, device=device)
-    return prompt_PL, length_P
-
-
-def static_columns(longest):
-    """Columns for a compiled step, for prompt and answer of `longest` tokens together: a power of
-    two, a quarter of which is free when the longest has ended, so that the table never doubles."""
-    return max(STATIC_COLUMNS, 1 << (4 * longest // 3).bit_length())
+    prompt_PL = pad_sequence(list(map(torch.tensor, prompts)), True, padding_side="left")
+    length_P = torch.tensor(list(map(len, prompts)), device=device)
+    return prompt_PL.to(device), length_P
 
 
 def draw(logit_RV, generator, temperature=1.0, top_p=1.0):
     """One token a row, and its log-prob at that temperature and top-p; 0: the most likely one.
-
     The smallest token a with Σ_{v ≤ a} π_v > u,  u uniform in [0, 1): the inverse of the
     distribution function, first over blocks of words, then within one. (`torch.multinomial` draws
-    a number for every word: 5 to 10 times slower at 50,000.)
-
-    Returns: (token_R, logp_R).
-    """
-    uniform_R = torch.zeros(len(logit_RV), device=logit_RV.device)
+    a number for every word: 5 to 10 times slower at 50,000.) Returns: (token_R, logp_R)."""
+    uniform_R = torch.zeros(len(logit_RV), dtype=torch.float64, device=logit_RV.device)
     if temperature > 0:
-        how = {"generator": generator, "device": logit_RV.device, "dtype": torch.float64}
-        uniform_R = torch.rand(len(logit_RV), **how)
+        uniform_R.uniform_(generator=generator)
 
     def some(logit_RV, uniform_R):
         logit_RV = logit_RV.float() if temperature in (0, 1) else logit_RV.float() / temperature
@@ -159,8 +140,7 @@ def inverse_distribution(logit_RV, uniform_R):
     until_RN = block_RN.cumsum(dim=-1)
     at_R1 = uniform_R[:, None] * until_RN[:, -1:]
     chosen_R1 = torch.searchsorted(until_RN, at_R1, right=True).clamp(max=block_RN.shape[1] - 1)
-    # Within the block: which share of it is left to go. Sums round, so the share is kept below 1:
-    # no word of weight 0 is taken.
+    # Within the block. Sums round, so the share is kept below 1: no word of weight 0 is taken.
     left_R1 = (until_RN.gather(1, chosen_R1) - at_R1) / block_RN.gather(1, chosen_R1)
     share_R1 = (1 - left_R1).clamp(0, 1 - 1e-12)
     chosen_R1B = chosen_R1[..., None].expand(-1, -1, BLOCK)
@@ -172,18 +152,17 @@ def inverse_distribution(logit_RV, uniform_R):
 
 
 class Slots(Cache):
-    """Keys and values of R slots in K columns, written in place; the columns in use are 0 to `now`, which is next.
-
-    A slot's tokens stand in columns start_R to now. When the columns run out, all rows move left to where the longest
-    begins; when that is not enough, the table doubles. With `static` columns, as many as can ever be needed, for a compiled
-    model: nothing of the table but its contents changes.
-    """
+    """Keys and values of R slots in K columns, written in place; column `now` is the next.
+    A slot's tokens stand in columns start_R to now. When the columns run out, all rows move left to
+    where the longest begins; when that is not enough, the table doubles. `static` columns, for a
+    compiled model, are as many as can ever be needed: only the table's contents change."""
 
     def __init__(self, read, slots, now, static=0):
-        columns = static or now + FIRST_COLUMNS
-        self.at_1 = torch.zeros(1, dtype=torch.long, device=read.layers[0].keys.device)
-        super().__init__(layers=[SlotLayer(layer, slots, columns, self.at_1, static) for layer in read.layers])
-        self.start_R, self.static = torch.full((slots,), now, device=self.at_1.device), static
+        device, columns = read.layers[0].keys.device, static or now + FIRST_COLUMNS
+        self.at_1 = torch.zeros(1, dtype=torch.long, device=device)
+        how = (slots, columns, self.at_1, static)
+        super().__init__(layers=[SlotLayer(layer, *how) for layer in read.layers])
+        self.start_R, self.static = torch.full((slots,), now, device=device), static
         self.move_to(now)
 
     def move_to(self, now):
@@ -195,11 +174,12 @@ class Slots(Cache):
             layer.now, layer.width = self.now, self.width
 
     def enter(self, enter_R, read, prompt_R, length_R):
-        """Copies the first `length` tokens of prompts `prompt_R` of the cache `read` into the columns before `now`."""
+        """Copies `length` tokens of prompts `prompt_R` of the cache `read` to before `now`."""
         for layer, source in zip(self.layers, read.layers):
-            width = source.keys.shape[2] - 1  # the last token of a prompt is the first that the row reads itself
-            layer.keys[enter_R, :, self.now - width : self.now] = source.keys[prompt_R, :, :width]
-            layer.values[enter_R, :, self.now - width : self.now] = source.values[prompt_R, :, :width]
+            width = source.keys.shape[2] - 1  # a row reads the last token of its prompt itself
+            columns = slice(self.now - width, self.now)
+            layer.keys[enter_R, :, columns] = source.keys[prompt_R, :, :width]
+            layer.values[enter_R, :, columns] = source.values[prompt_R, :, :width]
         self.start_R[enter_R] = self.now - length_R
 
     def mask(self):
@@ -215,11 +195,12 @@ class Slots(Cache):
         columns = self.layers[0].keys.shape[2]
         if self.now < columns:
             return
-        unused = min(int(self.start_R[alive_R].min()) if alive_R.any() else self.now, self.now - longest_prompt)
+        first = int(self.start_R[alive_R].min()) if alive_R.any() else self.now
+        unused = min(first, self.now - longest_prompt)
         if unused >= max(1, columns // 4):
             for layer in self.layers:
-                layer.keys[:, :, :-unused] = layer.keys[:, :, unused:].clone()
-                layer.values[:, :, :-unused] = layer.values[:, :, unused:].clone()
+                for table in (layer.keys, layer.values):
+                    table[:, :, :-unused] = table[:, :, unused:].clone()
             self.start_R = (self.start_R - unused).clamp(min=0)
             self.move_to(self.now - unused)
         else:
@@ -234,18 +215,16 @@ class Slots(Cache):
             layer.keys, layer.values = layer.keys[keep_R], layer.values[keep_R]
 
 
-class SlotLayer(CacheLayerMixin):
-    """One layer of `Slots`: keys and values [R, H, K, D]."""
-
-    is_sliding = False  # the window is the mask's business; all columns are kept
+class SlotLayer(DynamicLayer):
+    """A layer of `Slots`: keys and values [R, H, K, D]. Sliding windows are the mask's business."""
 
     def __init__(self, like, slots, columns, at_1, static):
         super().__init__()
-        self.keys, self.values = (x.new_zeros(slots, x.shape[1], columns, x.shape[3]) for x in (like.keys, like.values))
+        both = (like.keys, like.values)
+        self.keys, self.values = (x.new_zeros(slots, x.size(1), columns, x.size(3)) for x in both)
         self.at_1, self.static, self.is_initialized = at_1, static, True
-        if static:  # a CUDA graph may write to them
-            for tensor in (self.keys, self.values, at_1):
-                torch._dynamo.mark_static_address(tensor)
+        for tensor in (self.keys, self.values, at_1) if static else ():
+            torch._dynamo.mark_static_address(tensor)  # a CUDA graph may write to it
 
     def update(self, key_RH1D, value_RH1D, *args, **kwargs):
         self.keys.index_copy_(2, self.at_1, key_RH1D)
@@ -257,9 +236,3 @@ class SlotLayer(CacheLayerMixin):
 
     def get_seq_length(self):
         return self.at_1[0] if self.static else self.now
-
-    def get_max_length(self):
-        return -1
-
-    def lazy_initialization(self, key_states, value_states):
-        raise NotImplementedError("the columns are there from the start")

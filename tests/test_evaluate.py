@@ -1,18 +1,27 @@
-"""evaluate.py: pass@k and majority votes by hand, top-p, and --eval_only from end to end."""
+"""evaluate.py: pass@k and majority votes by hand, top-p, and the script from end to end."""
 
 import itertools
 import json
 
 import pytest
 import torch
+from test_vapo import vapo_run
 
 import evaluate
 import rollout
-import train_vapo
+from system import slots
 
 
 @pytest.mark.parametrize(
-    "correct, samples, k, chance", [(1, 4, 1, 0.25), (1, 4, 2, 0.5), (2, 4, 2, 5 / 6), (0, 4, 4, 0.0), (1, 4, 4, 1.0), (3, 4, 2, 1.0)]
+    "correct, samples, k, chance",
+    [
+        (1, 4, 1, 0.25),
+        (1, 4, 2, 0.5),
+        (2, 4, 2, 5 / 6),
+        (0, 4, 4, 0.0),
+        (1, 4, 4, 1.0),
+        (3, 4, 2, 1.0),
+    ],
 )
 def test_pass_at_k_by_hand(correct, samples, k, chance):
     assert evaluate.pass_at_k(correct, samples, k) == pytest.approx(chance)
@@ -26,7 +35,8 @@ def test_pass_at_k_is_the_share_of_draws_without_replacement():
 
 
 @pytest.mark.parametrize("answers, chosen", [
-    (["5", "7", "5"], 0), (["7", "0.5", "1/2", "50%"], 1), (["7", "5"], 0), ([None, "5", None, None], 1), ([None, None], None), ([], None),
+    (["5", "7", "5"], 0), (["7", "0.5", "1/2", "50%"], 1), (["7", "5"], 0),
+    ([None, "5", None, None], 1), ([None, None], None), ([], None),
     (["b+a", "c", "a + b"], 0),
 ])  # fmt: skip
 def test_the_majority_is_of_meanings_not_of_texts(answers, chosen):
@@ -37,33 +47,49 @@ def test_top_p_cuts_the_tail_and_keeps_at_least_one():
     logit_RV = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(2_000, 1)
     generator = torch.Generator().manual_seed(0)
     for top_p, kept in ((1.0, {0, 1, 2, 3}), (0.7, {0, 1}), (0.9, {0, 1, 2}), (0.01, {0})):
-        token_R, logp_R = rollout.draw(logit_RV, generator, 1.0, top_p)
+        token_R, logp_R = slots.draw(logit_RV, generator, 1.0, top_p)
         assert set(token_R.tolist()) == kept
         assert logp_R.exp().unique().sum().item() == pytest.approx(1.0, abs=1e-4)  # of what is left
 
 
-def test_eval_only_trains_nothing_and_says_how_each_problem_went(world, tmp_path, capsys):
-    out, args = tmp_path / "eval", f"@{world}/train_vapo.args"
+def test_evaluation_trains_nothing_and_says_how_each_problem_went(world, tmp_path, capsys):
+    out, args = tmp_path / "eval", f"@{world}/evaluate.args"
     before = {path: path.stat().st_mtime_ns for path in world.rglob("*")}
-    said = train_vapo.main([args, "--eval_only", "--train=", "--samples=6", "--eval_top_p=0.9", "--device=cpu", f"--out={out}"])
+    flags = ["--samples=6", "--eval_top_p=0.9", "--device=cpu", f"--out={out}"]
+    said = evaluate.main([args, *flags])
     assert before == {path: path.stat().st_mtime_ns for path in world.rglob("*")}
     assert not (out / "policy").exists() and not (out / "critic").exists()
     results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    assert len(results) == 8 and all(len(result["verdicts"]) == result["samples"] == 6 for result in results)
+    assert len(results) == 8
+    assert all(len(result["verdicts"]) == result["samples"] == 6 for result in results)
     assert said["accuracy"] == pytest.approx(sum(result["correct"] for result in results) / 48)
-    assert said["pass_at_k"] == pytest.approx(sum(result["correct"] > 0 for result in results) / 8)
-    assert said["majority"] == pytest.approx(sum(result["majority_correct"] for result in results) / 8)
-    assert said["greedy_accuracy"] == pytest.approx(sum(result["greedy_correct"] for result in results) / 8)
-    for result in results:
-        assert result["correct"] == sum(stated == result["answer"] for stated in result["stated"])  # of letters: equal texts
+    for name, share in (
+        ("pass_at_k", [result["correct"] > 0 for result in results]),
+        ("majority", [result["majority_correct"] for result in results]),
+        ("greedy_accuracy", [result["greedy_correct"] for result in results]),
+    ):
+        assert said[name] == pytest.approx(sum(share) / 8)
+    for result in results:  # of letters: equal texts
+        assert result["correct"] == sum(text == result["answer"] for text in result["stated"])
     table = capsys.readouterr().out
     for name in ("avg@6 at T = 1, top-p = 0.9", "pass@2", "pass@4", "pass@6", "maj@6"):
         assert name in table
     numbers = json.loads((out / "metrics.jsonl").read_text())
-    assert numbers["test_accuracy"] == pytest.approx(said["accuracy"]) and numbers["test_majority"] == pytest.approx(said["majority"])
+    assert numbers["test_accuracy"] == pytest.approx(said["accuracy"])
+    assert numbers["test_majority"] == pytest.approx(said["majority"])
 
 
-def test_the_temperature_of_evaluations_is_their_own(world, tmp_path):
-    args = [f"@{world}/train_vapo.args", "--eval_only", "--samples=4", "--device=cpu", "--temperature=5"]
-    cold = train_vapo.main([*args, "--eval_temperature=0.01", f"--out={tmp_path / 'cold'}"])
+def test_the_temperature_of_evaluations_is_their_own(world, tmp_path, monkeypatch):
+    """In a run it is 1, whatever is trained at; the script's is its flag."""
+    args = [f"@{world}/evaluate.args", "--samples=4", "--device=cpu", "--temperature=0.01"]
+    cold = evaluate.main([*args, f"--out={tmp_path / 'cold'}"])
     assert cold["accuracy"] == pytest.approx(cold["greedy_accuracy"])
+    asked, sample = [], rollout.sample
+
+    def spy(*arguments, temperature, **options):
+        asked.append(temperature)
+        return sample(*arguments, temperature=temperature, **options)
+
+    monkeypatch.setattr(rollout, "sample", spy)
+    vapo_run(world, tmp_path / "run", "--steps=0", "--no_value_pretraining", "--temperature=5")
+    assert asked == [1.0, 0.0]

@@ -8,16 +8,25 @@ from losses import policy_loss, value_loss
 
 
 def plain(hidden_BTD, weight_VD, token_BT, bias_V, temperature, scale, softcap):
-    logit_BTV = (hidden_BTD.double() @ weight_VD.double().T + (0 if bias_V is None else bias_V.double())) * scale
+    logit_BTV = (
+        hidden_BTD.double() @ weight_VD.double().T + (0 if bias_V is None else bias_V.double())
+    ) * scale
     if softcap:
         logit_BTV = softcap * torch.tanh(logit_BTV / softcap)
     logp_BTV = (logit_BTV / temperature).log_softmax(-1)
     return logp_BTV.gather(2, token_BT[..., None])[..., 0], -(logp_BTV.exp() * logp_BTV).sum(-1)
 
 
-@pytest.mark.parametrize("words, keep", [(1, 0), (4, 0), (4, 2 * 4 * 15), (1000, 1000)])  # the third keeps two slices of three
-@pytest.mark.parametrize("bias, temperature, scale, softcap", [(False, 1.0, 1.0, None), (True, 0.7, 0.25, None), (False, 1.3, 2.0, 5.0)])
-def test_log_probs_entropy_and_gradients_equal_the_plain_ones(device, words, keep, bias, temperature, scale, softcap):
+@pytest.mark.parametrize(
+    "words, keep", [(1, 0), (4, 0), (4, 2 * 4 * 15), (1000, 1000)]
+)  # the third keeps two slices of three
+@pytest.mark.parametrize(
+    "bias, temperature, scale, softcap",
+    [(False, 1.0, 1.0, None), (True, 0.7, 0.25, None), (False, 1.3, 2.0, 5.0)],
+)
+def test_log_probs_entropy_and_gradients_equal_the_plain_ones(
+    device, words, keep, bias, temperature, scale, softcap
+):
     torch.manual_seed(0)
     hidden_BTD = torch.randn(3, 5, 8, device=device, requires_grad=True)
     weight_VD = torch.randn(11, 8, device=device, requires_grad=True)
@@ -26,10 +35,16 @@ def test_log_probs_entropy_and_gradients_equal_the_plain_ones(device, words, kee
     pull_BT, pull_entropy_BT = torch.randn(3, 5, device=device), torch.randn(3, 5, device=device)
     results = []
     for function, options in ((plain, {}), (token_logprobs, {"words": words, "keep": keep})):
-        logp_BT, entropy_BT = function(hidden_BTD, weight_VD, token_BT, bias_V, temperature, scale, softcap, **options)
+        logp_BT, entropy_BT = function(
+            hidden_BTD, weight_VD, token_BT, bias_V, temperature, scale, softcap, **options
+        )
         leaves = (hidden_BTD, weight_VD) + ((bias_V,) if bias else ())
-        gradients = torch.autograd.grad((logp_BT * pull_BT + entropy_BT * pull_entropy_BT).sum(), leaves, retain_graph=True)
-        of_logp = torch.autograd.grad((logp_BT * pull_BT).sum(), leaves) if not keep else ()  # a kept slice is used once
+        gradients = torch.autograd.grad(
+            (logp_BT * pull_BT + entropy_BT * pull_entropy_BT).sum(), leaves, retain_graph=True
+        )
+        of_logp = (
+            torch.autograd.grad((logp_BT * pull_BT).sum(), leaves) if not keep else ()
+        )  # a kept slice is used once
         results.append([x.float() for x in (logp_BT, entropy_BT, *gradients, *of_logp)])
     for expected, ours in zip(*results):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
@@ -38,10 +53,15 @@ def test_log_probs_entropy_and_gradients_equal_the_plain_ones(device, words, kee
 def test_compiled_kernels_equal_eager_ones(device):
     torch.manual_seed(0)
     for rows, width in ((4, 6), (3, 9)):  # two shapes: the compiled kernels are dynamic
-        hidden_BTD, weight_VD = torch.randn(rows, width, 8, device=device), torch.randn(11, 8, device=device)
+        hidden_BTD, weight_VD = (
+            torch.randn(rows, width, 8, device=device),
+            torch.randn(11, 8, device=device),
+        )
         token_BT = torch.randint(0, 11, (rows, width), device=device)
         logp_BT, old_BT, adv_BT = (torch.randn(rows, width, device=device) for _ in range(3))
-        compiled = tuple(torch.compile(kernel, dynamic=True) for kernel in (add_slice, slice_gradient))
+        compiled = tuple(
+            torch.compile(kernel, dynamic=True) for kernel in (add_slice, slice_gradient)
+        )
         sides = []
         for kernels in ((add_slice, slice_gradient), compiled):
             leaves = hidden_BTD.clone().requires_grad_(), weight_VD.clone().requires_grad_()
@@ -49,5 +69,13 @@ def test_compiled_kernels_equal_eager_ones(device):
             sides.append([*pair, *torch.autograd.grad((pair[0] * adv_BT + pair[1]).sum(), leaves)])
         for eager, fast in zip(*sides):
             torch.testing.assert_close(fast, eager, rtol=1e-5, atol=1e-5)
-        for loss, arguments in ((policy_loss, (logp_BT, old_BT, adv_BT, 0.2, 0.28)), (value_loss, (logp_BT, old_BT))):
-            torch.testing.assert_close(torch.compile(loss, dynamic=True)(*arguments), loss(*arguments), rtol=1e-5, atol=1e-5)
+        for loss, arguments in (
+            (policy_loss, (logp_BT, old_BT, adv_BT, 0.2, 0.28)),
+            (value_loss, (logp_BT, old_BT)),
+        ):
+            torch.testing.assert_close(
+                torch.compile(loss, dynamic=True)(*arguments),
+                loss(*arguments),
+                rtol=1e-5,
+                atol=1e-5,
+            )

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from losses import importance_weight, nll_loss, policy_loss, ratio_metrics, token_weights, value_loss
+from losses import (
+    importance_weight,
+    nll_loss,
+    policy_loss,
+    ratio_metrics,
+    token_weights,
+    value_loss,
+)
 
 
 def mask(*lengths, width=None):
@@ -15,7 +22,13 @@ def mask(*lengths, width=None):
 def loss_and_slope(ratio, adv, eps_low, eps_high):
     """The loss of one token, and its derivative by the log-prob."""
     logp_BT = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
-    loss_BT = policy_loss(logp_BT, torch.zeros_like(logp_BT), torch.tensor([[adv]], dtype=torch.float64), eps_low, eps_high)
+    loss_BT = policy_loss(
+        logp_BT,
+        torch.zeros_like(logp_BT),
+        torch.tensor([[adv]], dtype=torch.float64),
+        eps_low,
+        eps_high,
+    )
     loss_BT.sum().backward()
     return loss_BT.item(), logp_BT.grad.item()
 
@@ -47,7 +60,11 @@ def test_equal_clip_ranges_are_ppo():
 
 def test_at_ratio_one_the_gradient_is_that_of_reinforce():
     torch.manual_seed(0)
-    logp_BT, adv_BT, weight_BT = -torch.rand(3, 4), torch.randn(3, 4), token_weights(mask(4, 2, 1), "token")
+    logp_BT, adv_BT, weight_BT = (
+        -torch.rand(3, 4),
+        torch.randn(3, 4),
+        token_weights(mask(4, 2, 1), "token"),
+    )
     gradients = []
     for loss in (lambda x: policy_loss(x, logp_BT, adv_BT, 0.2, 0.28), lambda x: -x * adv_BT):
         x = logp_BT.clone().requires_grad_()
@@ -89,7 +106,10 @@ def test_nll_is_the_mean_over_the_tokens_of_correct_answers():
 def test_nonsense_on_padding_stays_finite_and_weightless():
     logp_BT = torch.tensor([[-1.0, 1e6], [-1.0, -1e6]], requires_grad=True)
     adv_BT = torch.tensor([[1.0, 1e6], [1.0, -1e6]])
-    loss = (policy_loss(logp_BT, torch.full((2, 2), -1.0), adv_BT, 0.2, 0.28) * token_weights(mask(1, 1, width=2), "token")).sum()
+    loss = (
+        policy_loss(logp_BT, torch.full((2, 2), -1.0), adv_BT, 0.2, 0.28)
+        * token_weights(mask(1, 1, width=2), "token")
+    ).sum()
     loss.backward()
     assert loss.item() == -1 and logp_BT.grad.tolist() == [[-0.5, 0], [-0.5, 0]]
 
@@ -97,24 +117,38 @@ def test_nonsense_on_padding_stays_finite_and_weightless():
 def test_value_loss_by_hand():
     value_BT, target_BT = torch.tensor([[0.0, 3.0]]), torch.tensor([[1.0, 1.0]])
     assert value_loss(value_BT, target_BT).tolist() == [[0.5, 2.0]]
-    # old = 0.5 ± 0.2: the held values are 0.3 and 0.7, their losses 0.245 and 0.045; the larger counts
+    # old = 0.5 ± 0.2: the held values are 0.3 and 0.7, their losses 0.245 and 0.045; the larger
+    # counts
     clipped_BT = value_loss(value_BT, target_BT, old_value_BT=torch.tensor([[0.5, 0.5]]), clip=0.2)
     torch.testing.assert_close(clipped_BT, torch.tensor([[0.5, 2.0]]))
-    clipped_BT = value_loss(torch.tensor([[0.9]]), torch.tensor([[1.0]]), torch.tensor([[0.5]]), 0.2)
+    clipped_BT = value_loss(
+        torch.tensor([[0.9]]), torch.tensor([[1.0]]), torch.tensor([[0.5]]), 0.2
+    )
     torch.testing.assert_close(clipped_BT, torch.tensor([[0.5 * 0.3**2]]))
 
 
 def test_importance_weights_by_hand():
     # twice as likely in training as the sampler thought; half; four times: cut at 2; padding: 1
-    old_BT, sampled_BT = torch.tensor([[0.5, 0.2, 0.8, 1.0]]).log(), torch.tensor([[0.25, 0.4, 0.2, 1.0]]).log()
-    torch.testing.assert_close(importance_weight(old_BT, sampled_BT, cap=2.0), torch.tensor([[2.0, 0.5, 2.0, 1.0]]))
+    old_BT, sampled_BT = (
+        torch.tensor([[0.5, 0.2, 0.8, 1.0]]).log(),
+        torch.tensor([[0.25, 0.4, 0.2, 1.0]]).log(),
+    )
+    torch.testing.assert_close(
+        importance_weight(old_BT, sampled_BT, cap=2.0), torch.tensor([[2.0, 0.5, 2.0, 1.0]])
+    )
     assert importance_weight(old_BT, sampled_BT).tolist() == [[1, 1, 1, 1]]
 
 
 def test_ratio_metrics_by_hand():
     ratio_BT = torch.tensor([[1.5, 0.5, 1.5, 99.0]])
     adv_BT = torch.tensor([[1.0, -1.0, -1.0, 1.0]])
-    metrics = ratio_metrics(ratio_BT.log(), torch.zeros(1, 4), adv_BT, mask(3).new_tensor([[1, 1, 1, 0]]), 0.2, 0.28)
-    assert metrics["clip_high"] == 1 and metrics["clip_low"] == 1 and metrics["ratio_max"] == pytest.approx(1.5)
+    metrics = ratio_metrics(
+        ratio_BT.log(), torch.zeros(1, 4), adv_BT, mask(3).new_tensor([[1, 1, 1, 0]]), 0.2, 0.28
+    )
+    assert (
+        metrics["clip_high"] == 1
+        and metrics["clip_low"] == 1
+        and metrics["ratio_max"] == pytest.approx(1.5)
+    )
     k3 = 2 * (0.5 - math.log(1.5)) + (-0.5 - math.log(0.5))
     assert metrics["approx_kl"].item() == pytest.approx(k3, rel=1e-5)

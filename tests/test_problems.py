@@ -1,4 +1,4 @@
-"""problems.py: the files and fields in use, prompts, and what is refused."""
+"""problems.py and files.py: the files and fields in use, prompts, and what is refused."""
 
 import json
 
@@ -6,67 +6,89 @@ import pytest
 from transformers import AutoTokenizer
 
 import problems
-from run import BadInput, RunSettings
+from system import files
+from system.run import BadInput
+from system.settings import SamplingSettings
 
 GSM8K = {"question": "2 + 3?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}
 MAWPS = {"input": "2 + 3?", "target": 5.0}
 MESSAGES = [{"role": "user", "content": "Solve: 2 + 3?"}]
-DAPO = {"data_source": "math_dapo", "prompt": MESSAGES, "reward_model": {"ground_truth": "5", "style": "rule"}}
+DAPO = {
+    "data_source": "math_dapo",
+    "prompt": MESSAGES,
+    "reward_model": {"ground_truth": "5", "style": "rule"},
+}
 WANTED = [
     ({"problem": "2 + 3?", "answer": 5}, {"problem": "2 + 3?", "answer": "5"}),
     (GSM8K, {"problem": "2 + 3?", "answer": "5"}),
     (MAWPS, {"problem": "2 + 3?", "answer": "5.0"}),
     (DAPO, {"problem": "Solve: 2 + 3?", "answer": "5", "messages": MESSAGES}),
 ]
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 def without_where(loaded):
-    return [{name: value for name, value in problem.items() if name != "where"} for problem in loaded]
+    return [
+        {name: value for name, value in problem.items() if name != "where"} for problem in loaded
+    ]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json"])
 def test_all_fields_in_use_are_read_alike_from_jsonl_and_json(kind, tmp_path):
     rows, path = [row for row, _ in WANTED], tmp_path / f"data.{kind}"
     path.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
-    assert without_where(problems.load_problems(path)) == [wanted for _, wanted in WANTED]
+    assert without_where(files.load_problems(path)) == [wanted for _, wanted in WANTED]
 
 
 def test_csv_with_commas_quotes_and_line_breaks(tmp_path):
     path = tmp_path / "data.csv"
-    path.write_text('question,answer,level\n"What is 1,000\n+ ""1""?",#### 1001,2\nb,7,1\n', encoding="utf-8-sig")
-    loaded = problems.load_problems(path)
-    assert without_where(loaded) == [{"problem": 'What is 1,000\n+ "1"?', "answer": "1001"}, {"problem": "b", "answer": "7"}]
+    path.write_text(
+        'question,answer,level\n"What is 1,000\n+ ""1""?",#### 1001,2\nb,7,1\n',
+        encoding="utf-8-sig",
+    )
+    loaded = files.load_problems(path)
+    assert without_where(loaded) == [
+        {"problem": 'What is 1,000\n+ "1"?', "answer": "1001"},
+        {"problem": "b", "answer": "7"},
+    ]
     assert loaded[1]["where"] == f"{path}, line 4"
     path.write_text("question,answer\na,1\nb\n")
     with pytest.raises(BadInput, match='data.csv, line 3: "answer" must be'):
-        problems.load_problems(path)
+        files.load_problems(path)
     path.write_text('question,answer\n"a,1\n')
     with pytest.raises(BadInput, match="not CSV"):
-        problems.load_problems(path)
+        files.load_problems(path)
 
 
 def test_parquet(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list([DAPO]).to_parquet(tmp_path / "data.parquet")
-    assert without_where(problems.load_problems(tmp_path / "data.parquet")) == [WANTED[3][1]]
+    assert without_where(files.load_problems(tmp_path / "data.parquet")) == [WANTED[3][1]]
     (tmp_path / "data.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(BadInput, match="cannot read the problems .*data.parquet"):
-        problems.load_problems(tmp_path / "data.parquet")
+        files.load_problems(tmp_path / "data.parquet")
 
 
 def test_a_missing_package_and_a_missing_file_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     (tmp_path / "data.parquet").write_bytes(b"")
-    with pytest.raises(BadInput, match="data.parquet is read by the package datasets: pip install datasets"):
-        problems.load_problems(tmp_path / "data.parquet")
-    with pytest.raises(BadInput, match="openai/gsm8k:main@test is no file; if it is a name on the hub.*pip install datasets"):
-        problems.load_problems("openai/gsm8k:main@test")
+    with pytest.raises(
+        BadInput, match="data.parquet is read by the package datasets: pip install datasets"
+    ):
+        files.load_problems(tmp_path / "data.parquet")
+    with pytest.raises(
+        BadInput,
+        match="openai/gsm8k:main@test is no file; if it is a name on the hub.*pip install datasets",
+    ):
+        files.load_problems("openai/gsm8k:main@test")
     with pytest.raises(BadInput, match="no such file"):
-        problems.load_problems("nowhere")
-    for kind in problems.KINDS:
-        with pytest.raises(BadInput, match=f"{tmp_path}/none{kind}: No such file|{tmp_path}/none{kind}: no such file"):
-            problems.load_problems(tmp_path / f"none{kind}")
+        files.load_problems("nowhere")
+    for kind in files.KINDS:
+        with pytest.raises(BadInput, match=f"{tmp_path}/none{kind}: [Nn]o such file"):
+            files.load_problems(tmp_path / f"none{kind}")
 
 
 @pytest.fixture
@@ -76,36 +98,50 @@ def tokenizer(world):
 
 def test_the_models_own_chat_format_is_used_where_it_has_one(tokenizer, monkeypatch):
     said = []
-    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, text, **flags: said.append((text, flags)) or {"input_ids": [1]})
-    rows = [{"problem": "2 + 3?", "answer": "5"}, {"problem": "Solve: 2 + 3?", "answer": "5", "messages": MESSAGES}]
+
+    def call(self, text, **flags):
+        said.append((text, flags))
+        return {"input_ids": [1]}
+
+    monkeypatch.setattr(type(tokenizer), "__call__", call)
+    rows = [
+        {"problem": "2 + 3?", "answer": "5"},
+        {"problem": "Solve: 2 + 3?", "answer": "5", "messages": MESSAGES},
+    ]
     problems.encode_prompts(rows, tokenizer, "Now {problem}!", 9)
     tokenizer.chat_template = CHAT
     problems.encode_prompts(rows, tokenizer, "Now {problem}!", 9)
     problems.encode_prompts(rows, tokenizer, "Now {problem}!", 9, chat_template=False)
     plain = [("Now 2 + 3?!", {}), ("Solve: 2 + 3?", {})]
     no_second_bos = {"add_special_tokens": False}
-    chat = [("<user>Now 2 + 3?!<assistant>", no_second_bos), ("<user>Solve: 2 + 3?<assistant>", no_second_bos)]
+    chat = [
+        ("<user>Now 2 + 3?!<assistant>", no_second_bos),
+        ("<user>Solve: 2 + 3?<assistant>", no_second_bos),
+    ]
     assert said == [*plain, *chat, *plain]
 
 
 def test_long_prompts_are_counted_and_refused_or_dropped(tokenizer, capsys):
     rows = [{"problem": "a" * n, "answer": "b", "where": f"line {n}"} for n in (1, 5, 2, 6)]
-    with pytest.raises(BadInput, match="2 of 4 prompts are longer than --prompt_length 4 .* of 5 tokens: line 5"):
+    said = "2 of 4 prompts are longer than --prompt_length 4 .* of 5 tokens: line 5"
+    with pytest.raises(BadInput, match=said):
         problems.encode_prompts(rows, tokenizer, "{problem}", 4)
     kept = problems.encode_prompts(rows, tokenizer, "{problem}", 4, drop_long=True)
-    assert [len(row["prompt"]) for row in kept] == [1, 2] and "dropped 2 of 4 problems" in capsys.readouterr().out
+    assert [len(row["prompt"]) for row in kept] == [1, 2]
+    assert "dropped 2 of 4 problems" in capsys.readouterr().out
     with pytest.raises(BadInput, match="all 4 prompts"):
-        problems.encode_prompts(rows, tokenizer, "{problem}{problem}{problem}{problem}{problem}", 4, drop_long=True)
+        problems.encode_prompts(rows, tokenizer, 5 * "{problem}", 4, drop_long=True)
 
 
 def test_problems_of_train_and_test_are_counted_once_each():
     train = [{"problem": "2 +  3?"}, {"problem": "b"}]
-    assert problems.repeated([{"problem": "2 + 3? "}, {"problem": "2 + 3?"}, {"problem": "c"}], train) == 2
+    test = [{"problem": "2 + 3? "}, {"problem": "2 + 3?"}, {"problem": "c"}]
+    assert problems.repeated(test, train) == 2
 
 
 def test_what_the_prompt_asks_for_is_what_the_verifier_reads():
     from verifier import verify
 
-    template = RunSettings().prompt_template
+    template = SamplingSettings().prompt_template
     assert "last line of your response should be of the form Answer: $Answer" in template
     assert verify("so it is\nAnswer: $34$", "34") and verify("so it is\nAnswer: 34", "34")

@@ -1,53 +1,77 @@
-"""rollout.py and model.py: what the sampler says is what training sees, whatever the padding."""
+"""rollout.py, model.py and slots.py: what the sampler says is what training sees, whatever the
+padding."""
 
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, Qwen2Config
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Qwen2Config,
+)
 
 import model
 import rollout
 import table
+from system import loading, slots
 
 
-def draw_answers(policy, tokenizer, problems, samples=8, max_tokens=12, temperature=1.0, sample_rows=16, engine="slots"):
-    generator = torch.Generator(policy.device).manual_seed(0)
-    return rollout.sample(policy, tokenizer, problems, samples, max_tokens, temperature, generator, sample_rows, engine=engine)
+def draw_answers(
+    policy, tokenizer, problems, samples=8, max_tokens=12, temperature=1.0, sample_rows=16,
+    engine="slots",
+):  # fmt: skip
+    source = torch.Generator(policy.device).manual_seed(0)
+    how = (samples, max_tokens, temperature, source, sample_rows)
+    return rollout.sample(policy, tokenizer, problems, *how, engine=engine)
+
+
+def near(policy, tolerance=1e-4):
+    return {"rtol": 0, "atol": tolerance if policy.device.type == "cpu" else 0.1}  # bf16 on CUDA
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("pad_is_eos", [False, True])
-def test_sampler_log_probs_are_training_log_probs(policy, tokenizer, problems, temperature, pad_is_eos):
-    # Prompts of three lengths: left-padded when sampling, right-padded when training; id 0 pads, and may be an EOS too.
+def test_sampler_log_probs_are_training_log_probs(
+    policy, tokenizer, problems, temperature, pad_is_eos
+):
+    # Prompts of three lengths: left-padded when sampling, right-padded when training; id 0 pads,
+    # and may be an EOS too.
     if pad_is_eos:
         policy.generation_config.eos_token_id = [*policy.generation_config.eos_token_id, 0]
     rows = draw_answers(policy, tokenizer, problems, temperature=temperature, sample_rows=24)
-    assert len(rows["length_B"].unique()) > 5 and rows["stop_B"].any() and not rows["stop_B"].all()  # rows left the cache
+    assert len(rows["length_B"].unique()) > 5
+    assert rows["stop_B"].any() and not rows["stop_B"].all()  # rows left the cache
     logp_BT, _ = model.policy_logprobs(policy, rows, temperature)
     on_BT = table.response_mask(rows).bool()
-    tolerance = 1e-4 if policy.device.type == "cpu" else 0.1  # bf16 on CUDA
-    torch.testing.assert_close(logp_BT[on_BT], rows["sampled_logp_BT"][on_BT], rtol=0, atol=tolerance)
+    torch.testing.assert_close(logp_BT[on_BT], rows["sampled_logp_BT"][on_BT], **near(policy))
     # and the last token of an answer is its only EOS
-    ends_BT = torch.isin(model.response_tokens(rows), torch.tensor(rollout.eos_ids(policy, tokenizer), device=policy.device)) & on_BT
+    eos_N = torch.tensor(loading.eos_ids(policy, tokenizer), device=policy.device)
+    ends_BT = torch.isin(table.response_tokens(rows), eos_N) & on_BT
     assert torch.equal(ends_BT.sum(dim=1).bool(), rows["stop_B"]) and ends_BT.sum(dim=1).max() == 1
 
 
 def test_a_token_is_the_inverse_of_the_distribution_function():
-    # π = (1/10, 2/10, 3/10, 4/10): the first token below u = 0.1, the second below 0.3, the third below 0.6
+    # π = (1/10, 2/10, 3/10, 4/10): the first token below u = 0.1, the second below 0.3, the third
+    # below 0.6
     logit_RV = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).log().repeat(7, 1) + 5
-    token_R, logp_R = rollout.inverse_distribution(logit_RV, torch.tensor([0, 0.09, 0.11, 0.29, 0.31, 0.59, 0.99], dtype=torch.float64))
+    uniform_R = torch.tensor([0, 0.09, 0.11, 0.29, 0.31, 0.59, 0.99], dtype=torch.float64)
+    token_R, logp_R = slots.inverse_distribution(logit_RV, uniform_R)
     assert token_R.tolist() == [0, 0, 1, 1, 2, 2, 3]
     torch.testing.assert_close(logp_R.exp(), torch.tensor([0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4]))
 
 
 def test_no_word_of_probability_zero_is_drawn_and_every_other_one_is():
-    # 1,000 words in eight blocks, of which every third has weight 0, the last among them; u from 0 to as near to 1 as numbers go
+    # 1,000 words in eight blocks, of which every third has weight 0, the last among them; u from 0
+    # to as near to 1 as numbers go
     logit_RV = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
     logit_RV[:, ::3] = -torch.inf
-    uniform_R = torch.cat([torch.linspace(0, 1, 100_000, dtype=torch.float64)[:-1], torch.tensor([1 - 2**-53], dtype=torch.float64)])
-    token_R, logp_R = rollout.inverse_distribution(logit_RV.expand(len(uniform_R), -1), uniform_R)
+    uniform_R = torch.linspace(0, 1, 100_000, dtype=torch.float64)
+    uniform_R[-1] = 1 - 2**-53
+    token_R, logp_R = slots.inverse_distribution(logit_RV.expand(len(uniform_R), -1), uniform_R)
     share_V = torch.bincount(token_R, minlength=1000) / len(token_R)
     torch.testing.assert_close(share_V, logit_RV.softmax(-1)[0], rtol=0, atol=3e-5)
     torch.testing.assert_close(logp_R, logit_RV.log_softmax(-1)[0][token_R])
@@ -55,108 +79,134 @@ def test_no_word_of_probability_zero_is_drawn_and_every_other_one_is():
 
 @pytest.mark.parametrize("engine", ["slots", "hf"])
 def test_both_engines_draw_from_the_distribution_of_the_model(policy, tokenizer, problems, engine):
-    generator = torch.Generator(policy.device).manual_seed(1)
-    rows = rollout.sample(policy, tokenizer, problems[1:2], 6_000, 2, 1.0, generator, 500, engine=engine)
+    source = torch.Generator(policy.device).manual_seed(1)
+    how = (6_000, 2, 1.0, source, 500)
+    rows = rollout.sample(policy, tokenizer, problems[1:2], *how, engine=engine)
     assert deviation(rows, policy, tokenizer, problems[1]["prompt"]) < 5
 
 
 def deviation(rows, policy, tokenizer, prompt):
-    """Chi-square of many answers of at most two tokens against the probabilities that the model itself gives each pair,
-    in standard deviations of its normal limit."""
-    answers = [tuple(token_T[:length]) for token_T, length in zip(model.response_tokens(rows).tolist(), rows["length_B"].tolist())]
-    words = policy.config.vocab_size
-    with torch.no_grad(), model.autocast(policy):
-        first_V = policy(torch.tensor([prompt], device=policy.device)).logits[0, -1].float().softmax(-1)
-        followed = torch.tensor([[*prompt, word] for word in range(words)], device=policy.device)
-        second_VV = policy(followed).logits[:, -1].float().softmax(-1)
-    ends = set(rollout.eos_ids(policy, tokenizer))
-    expected = {(word,): first_V[word].item() for word in ends}
-    expected |= {(a, b): (first_V[a] * second_VV[a, b]).item() for a in range(words) if a not in ends for b in range(words)}
+    """Chi-square of many answers of at most two tokens against the probabilities that the model
+    itself gives each pair, in standard deviations of its normal limit."""
+    pairs = zip(table.response_tokens(rows).tolist(), rows["length_B"].tolist())
+    answers = [tuple(token_T[:length]) for token_T, length in pairs]
+    words, ends = range(policy.config.vocab_size), set(loading.eos_ids(policy, tokenizer))
+    with torch.no_grad(), loading.autocast(policy):
+        first_BLV = policy(torch.tensor([prompt], device=policy.device)).logits
+        followed = torch.tensor([[*prompt, word] for word in words], device=policy.device)
+        second_VV = policy(followed).logits[:, -1].float().softmax(-1).tolist()
+    first_V = first_BLV[0, -1].float().softmax(-1).tolist()
+    expected = {(word,): first_V[word] for word in ends}
+    going_on = [word for word in words if word not in ends]
+    expected |= {(a, b): first_V[a] * second_VV[a][b] for a in going_on for b in words}
     assert sum(expected.values()) == pytest.approx(1, abs=1e-3) and set(answers) <= set(expected)
-    seen = Counter(answers)
-    common = [answer for answer, chance in expected.items() if chance * len(answers) >= 5]
-    observed = [seen[answer] for answer in common] + [len(answers) - sum(seen[answer] for answer in common)]
-    chances = [expected[answer] for answer in common] + [1 - sum(expected[answer] for answer in common)]
-    square = sum((count - len(answers) * chance) ** 2 / (len(answers) * chance) for count, chance in zip(observed, chances))
-    freedom = len(common)  # cells, less one
+    seen, count = Counter(answers), len(answers)
+    common = [answer for answer, chance in expected.items() if chance * count >= 5]
+    cells = [(seen[answer], expected[answer]) for answer in common]
+    observed, chances = map(sum, zip(*cells))
+    cells.append((count - observed, 1 - chances))  # all others
+    square = sum((n - count * chance) ** 2 / (count * chance) for n, chance in cells)
+    freedom = len(cells) - 1
     assert freedom > 20
     return (square - freedom) / (2 * freedom) ** 0.5
 
 
-def test_greedy_answers_are_the_same_whatever_the_engine_the_slots_and_the_room_in_them(policy, tokenizer, problems, monkeypatch):
-    many = [problems[i % 3] for i in range(20)]
-    expected = draw_answers(policy, tokenizer, many, samples=1, max_tokens=60, temperature=0.0, engine="hf")
-    for columns, slots in ((64, 20), (1, 1), (1, 7), (16, 3)):  # one column more than the prompt: rows move and the table grows
-        monkeypatch.setattr("slots.FIRST_COLUMNS", columns)
-        rows = draw_answers(policy, tokenizer, many, samples=1, max_tokens=60, temperature=0.0, sample_rows=slots)
+def test_greedy_answers_are_the_same_whatever_the_engine_the_slots_and_the_room_in_them(
+    policy, tokenizer, problems, monkeypatch
+):
+    asked = (policy, tokenizer, [problems[i % 3] for i in range(20)])
+    how = {"samples": 1, "max_tokens": 60, "temperature": 0.0}
+    expected = draw_answers(*asked, **how, engine="hf")
+    # one column more than the prompt: rows move and the table grows
+    for columns, count in ((64, 20), (1, 1), (1, 7), (16, 3)):
+        monkeypatch.setattr(slots, "FIRST_COLUMNS", columns)
+        rows = draw_answers(*asked, **how, sample_rows=count)
         for name in ("token_BL", "length_B", "stop_B", "problem_B"):
-            assert torch.equal(rows[name], expected[name]), (columns, slots, name)
+            assert torch.equal(rows[name], expected[name]), (columns, count, name)
 
 
 def test_a_slot_is_free_again_as_soon_as_its_answer_ends(policy, tokenizer, problems, monkeypatch):
-    # Two slots, three answers of 5, 1 and 3 tokens: the third takes the second's slot, and five steps do for all nine tokens.
-    letter, eos = tokenizer.convert_tokens_to_ids("z"), tokenizer.eos_token_id
-    script = iter([[letter, eos], [letter, letter], [letter, letter], [letter, eos], [eos, letter]])
-    steps = []
+    # Two slots, three answers of 5, 1 and 3 tokens: the third takes the second's slot, and five
+    # steps do for all nine tokens.
+    z, eos = tokenizer.convert_tokens_to_ids("z"), tokenizer.eos_token_id
+    script, steps = iter([[z, eos], [z, z], [z, z], [z, eos], [eos, z]]), []
 
     def scripted(logit_RV, generator, temperature, top_p):
         steps.append(len(logit_RV))
-        words = next(script)[: len(logit_RV)]
-        return torch.tensor(words, device=logit_RV.device), torch.zeros(len(words), device=logit_RV.device)
+        token_R = torch.tensor(next(script)[: len(logit_RV)], device=logit_RV.device)
+        return token_R, torch.zeros(len(token_R), device=logit_RV.device)
 
     monkeypatch.setattr(rollout, "draw", scripted)
-    monkeypatch.setattr(rollout, "STEPS_UNSEEN", 1)
+    monkeypatch.setattr(slots, "STEPS_UNSEEN", 1)
     rows = draw_answers(policy, tokenizer, problems, samples=1, max_tokens=9, sample_rows=2)
     assert rows["length_B"].tolist() == [5, 1, 3] and rows["stop_B"].all() and len(steps) == 5
     assert steps == [2, 2, 2, 2, 1]  # and with none waiting, the slot is given up
 
 
 def test_a_slot_whose_answer_has_ended_stands_still(policy, tokenizer, problems, monkeypatch):
-    # Slots that nobody gives up, answers up to the model's last position: one that ran on would leave its table of positions.
-    monkeypatch.setattr(rollout, "COMPACT_BELOW", 0.0)
+    # Slots that nobody gives up, answers up to the model's last position: one that ran on would
+    # leave its table of positions.
+    monkeypatch.setattr(slots, "COMPACT_BELOW", 0.0)
     policy.generation_config.eos_token_id = tokenizer.eos_token_id
     longest = 128 - max(len(problem["prompt"]) for problem in problems)
-    rows = draw_answers(policy, tokenizer, problems, samples=3, max_tokens=longest, sample_rows=4)
+    how = {"samples": 3, "max_tokens": longest, "sample_rows": 4}
+    rows = draw_answers(policy, tokenizer, problems, **how)
     assert rows["length_B"].max() == longest and not rows["stop_B"].all()
 
 
-def test_a_compiled_step_draws_the_same_answers_and_is_compiled_once_a_width(policy, tokenizer, problems, monkeypatch):
-    monkeypatch.setattr("slots.STATIC_COLUMNS", 32)
-    monkeypatch.setattr(rollout, "COMPACT_BELOW", 0.0)  # a compiled step keeps its slots: the same random numbers for both
-    columns = []
-    monkeypatch.setattr(rollout.Slots, "move_to", lambda self, now, move=rollout.Slots.move_to: columns.append(now) or move(self, now))
+@pytest.mark.slow
+def test_a_compiled_step_draws_the_same_answers_and_is_compiled_once_a_width(
+    policy, tokenizer, problems, monkeypatch
+):
+    monkeypatch.setattr(slots, "STATIC_COLUMNS", 32)
+    # A compiled step keeps its slots: the same random numbers for both.
+    monkeypatch.setattr(slots, "COMPACT_BELOW", 0.0)
+    columns, move_to = [], slots.Slots.move_to
+
+    def spy(self, now):
+        columns.append(now)
+        move_to(self, now)
+
+    monkeypatch.setattr(slots.Slots, "move_to", spy)
     common = {"samples": 16, "max_tokens": 14, "sample_rows": 4}
     eager = draw_answers(policy, tokenizer, problems, **common)
     torch._dynamo.reset()
-    sampler = rollout.sampler_of(policy, SimpleNamespace(engine="slots", compile_decode=True))
+    settings = SimpleNamespace(engine="slots", compile_decode=True)
+    sampler = loading.sampler_of(policy, settings)
     columns.clear()
     compiled = draw_answers(sampler, tokenizer, problems, **common)
-    assert max(columns) == 64 and any(after < before for before, after in zip(columns, columns[1:]))  # rows moved in a table of 64
+    assert max(columns) == 64  # rows moved in a table of 64
+    assert any(after < before for before, after in zip(columns, columns[1:]))
     if policy.device.type == "cpu":
-        assert torch.equal(compiled["token_BL"], eager["token_BL"]) and torch.equal(compiled["length_B"], eager["length_B"])
-        torch.testing.assert_close(compiled["sampled_logp_BT"], eager["sampled_logp_BT"], rtol=0, atol=1e-4)
+        for name in ("token_BL", "length_B"):
+            assert torch.equal(compiled[name], eager[name])
+        pair = compiled["sampled_logp_BT"], eager["sampled_logp_BT"]
+        torch.testing.assert_close(*pair, rtol=0, atol=1e-4)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(1.1)
-    rollout.refresh(sampler, policy)
+    loading.update_sampler(sampler, policy)
     with torch.compiler.set_stance("fail_on_recompile"):
         again = draw_answers(sampler, tokenizer, problems, **common)
     logp_BT, _ = model.policy_logprobs(policy, again, 1.0)
-    torch.testing.assert_close(again["sampled_logp_BT"], logp_BT, rtol=0, atol=1e-4 if policy.device.type == "cpu" else 0.1)
+    torch.testing.assert_close(again["sampled_logp_BT"], logp_BT, **near(policy))
 
 
 def test_greedy_sampling_equals_generate(policy, tokenizer, problems):
     rows = draw_answers(policy, tokenizer, problems, samples=1, temperature=0.0)
     for i, problem in enumerate(problems):
         prompt_BL = torch.tensor([problem["prompt"]], device=policy.device)
-        with model.autocast(policy):
-            expected_L = policy.generate(prompt_BL, attention_mask=torch.ones_like(prompt_BL), max_new_tokens=12, do_sample=False)[0]
+        how = {"attention_mask": torch.ones_like(prompt_BL), "do_sample": False}
+        with loading.autocast(policy):
+            expected_BL = policy.generate(prompt_BL, max_new_tokens=12, **how)
         start, length = int(rows["prompt_length_B"][i]), int(rows["length_B"][i])
         assert start == len(problem["prompt"])
-        assert rows["token_BL"][i, : start + length].tolist() == expected_L.tolist()
+        assert rows["token_BL"][i, : start + length].tolist() == expected_BL[0].tolist()
 
 
-def test_samples_of_a_prompt_stand_side_by_side_and_batches_do_not_show(policy, tokenizer, problems):
+def test_samples_of_a_prompt_stand_side_by_side_and_batches_do_not_show(
+    policy, tokenizer, problems
+):
     for sample_rows in (1, 4, 100):
         rows = draw_answers(policy, tokenizer, problems, samples=3, sample_rows=sample_rows)
         assert rows["problem_B"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -165,9 +215,11 @@ def test_samples_of_a_prompt_stand_side_by_side_and_batches_do_not_show(policy, 
             assert rows["token_BL"][i, :start].tolist() == problems[problem]["prompt"]
 
 
-def test_a_row_that_ends_at_the_limit_and_one_that_is_cut_there(policy, tokenizer, problems, monkeypatch):
-    letter, eos = tokenizer.convert_tokens_to_ids("z"), tokenizer.eos_token_id
-    script = iter([[letter, letter, eos], [letter, letter], [letter, eos]])  # the third row ends at once and leaves
+def test_a_row_that_ends_at_the_limit_and_one_that_is_cut_there(
+    policy, tokenizer, problems, monkeypatch
+):
+    z, eos = tokenizer.convert_tokens_to_ids("z"), tokenizer.eos_token_id
+    script = iter([[z, z, eos], [z, z], [z, eos]])  # the third row ends at once and leaves
 
     def scripted(logit_RV, generator, temperature, top_p):
         token_R = torch.tensor(next(script), device=logit_RV.device)
@@ -177,20 +229,20 @@ def test_a_row_that_ends_at_the_limit_and_one_that_is_cut_there(policy, tokenize
     rows = draw_answers(policy, tokenizer, problems, samples=1, max_tokens=3)
     assert rows["length_B"].tolist() == [3, 3, 1]
     assert rows["stop_B"].tolist() == [False, True, True]
-    assert model.response_tokens(rows).tolist()[0] == [letter] * 3
-    assert model.response_tokens(rows).tolist()[1] == [letter, letter, eos]
+    assert table.response_tokens(rows).tolist()[:2] == [[z, z, z], [z, z, eos]]
 
 
 def test_all_eos_ids_of_the_model_end_an_answer(policy, tokenizer):
     policy.generation_config.eos_token_id = [7, 3]
-    assert rollout.eos_ids(policy, tokenizer) == sorted({3, 7, tokenizer.eos_token_id})
+    assert loading.eos_ids(policy, tokenizer) == sorted({3, 7, tokenizer.eos_token_id})
 
 
 def test_a_truncated_answer_is_never_right(policy, tokenizer, problems):
-    ids = [tokenizer("k1####a")["input_ids"], tokenizer("k1k1k1k")["input_ids"]]
+    ids = [tokenizer(text)["input_ids"] for text in ("k1####a", "k1k1k1k")]
+    prompt = problems[0]["prompt"]
     rows = {
-        "token_BL": torch.tensor([problems[0]["prompt"] + response + [0] * (7 - len(response)) for response in ids]),
-        "prompt_length_B": torch.tensor([3, 3]), "length_B": torch.tensor([4, 7]), "stop_B": torch.tensor([False, False]),
+        "token_BL": torch.tensor([prompt + answer + [0] * (7 - len(answer)) for answer in ids]),
+        "prompt_length_B": torch.tensor([3, 3]), "length_B": torch.tensor([4, 7]),
         "problem_B": torch.tensor([0, 0]),
     }  # fmt: skip
     for stop_B, correct_B in (([True, True], [True, False]), ([False, True], [False, False])):
@@ -200,13 +252,17 @@ def test_a_truncated_answer_is_never_right(policy, tokenizer, problems):
         assert rows["reward_B"].tolist() == [2.0 if correct else -1.0 for correct in correct_B]
 
 
-def test_micro_batches_hold_every_row_once_and_taking_them_loses_no_token(policy, tokenizer, problems):
+def test_micro_batches_hold_every_row_once_and_taking_them_loses_no_token(
+    policy, tokenizer, problems
+):
     rows = draw_answers(policy, tokenizer, problems)
     index = table.micro_batches(rows, 60)
     assert torch.cat(index).sort().values.tolist() == list(range(24))
     widths = [table.take(rows, i)["token_BL"].shape[1] for i in index]
-    assert max(len(i) * width for i, width in zip(index, widths)) <= 60 and len(index) < 12 and widths == sorted(widths)
-    assert [len(i) for i in table.micro_batches(rows, 1)] == [1] * 24  # a row longer than that is one by itself
+    assert max(len(i) * width for i, width in zip(index, widths)) <= 60 and len(index) < 12
+    assert widths == sorted(widths)
+    # a row longer than that is one by itself
+    assert [len(i) for i in table.micro_batches(rows, 1)] == [1] * 24
     tokens = sum(int(table.response_mask(table.take(rows, i)).sum()) for i in index)
     assert tokens == int(rows["length_B"].sum())
     short = table.take(rows, rows["length_B"].argmin()[None])
@@ -214,23 +270,31 @@ def test_micro_batches_hold_every_row_once_and_taking_them_loses_no_token(policy
 
 
 def test_a_tokenizer_that_says_so_is_loaded_as_it_stands(tokenizer, tmp_path):
-    # AutoTokenizer gives every model of type qwen2 Qwen's own splitting, "1" "7": this once cost half the accuracy.
+    # AutoTokenizer gives every model of type qwen2 Qwen's own splitting, "1" "7": this once cost
+    # half the accuracy.
     Qwen2Config(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    loaded = model.load_tokenizer(str(tmp_path))
-    assert loaded("c17:")["input_ids"] == tokenizer("c17:")["input_ids"] and len(loaded("17")["input_ids"]) == 1
+    loaded = loading.load_tokenizer(str(tmp_path))
+    assert loaded("c17:")["input_ids"] == tokenizer("c17:")["input_ids"]
+    assert len(loaded("17")["input_ids"]) == 1
 
 
 def test_logit_scale_and_cap_are_measured(tokenizer):
-    sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                 num_key_value_heads=1, head_dim=16, bos_token_id=None, eos_token_id=1, pad_token_id=0)  # fmt: skip
+    sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                 num_attention_heads=2, num_key_value_heads=1, head_dim=16, bos_token_id=None,
+                 eos_token_id=1, pad_token_id=0)  # fmt: skip
     torch.manual_seed(0)
     cohere = CohereForCausalLM(CohereConfig(**sizes, logit_scale=0.125)).eval()
-    assert model.measure_logits(cohere) == (pytest.approx(0.125), None)
-    gemma = Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=3.0, initializer_range=0.5)).eval()
-    assert model.measure_logits(gemma) == (pytest.approx(1.0, abs=1e-3), 3.0)
-    gemma.logit_treatment, gemma.arithmetic = model.measure_logits(gemma), torch.float32
-    problems = [{"problem": "x", "answer": "x", "prompt": [3, 4, 5]}, {"problem": "y", "answer": "y", "prompt": [6]}]
+    assert loading.measure_logits(cohere) == (pytest.approx(0.125), None)
+    caps = {"final_logit_softcapping": 3.0, "initializer_range": 0.5}
+    gemma = Gemma2ForCausalLM(Gemma2Config(**sizes, **caps)).eval()
+    assert loading.measure_logits(gemma) == (pytest.approx(1.0, abs=1e-3), 3.0)
+    gemma.logit_transform, gemma.compute_dtype = loading.measure_logits(gemma), torch.float32
+    prompts = {"x": [3, 4, 5], "y": [6]}
+    problems = [{"problem": x, "answer": x, "prompt": ids} for x, ids in prompts.items()]
     rows = draw_answers(gemma, tokenizer, problems)
     logp_BT, _ = model.policy_logprobs(gemma, rows, 1.0)
-    torch.testing.assert_close(logp_BT * table.response_mask(rows), rows["sampled_logp_BT"], rtol=0, atol=1e-4)
+    expected_BT = rows["sampled_logp_BT"]
+    torch.testing.assert_close(
+        logp_BT * table.response_mask(rows), expected_BT, rtol=0, atol=1e-4
+    )  # fmt: skip

@@ -3,8 +3,8 @@
 import json
 import random
 
-import problems
 import toy
+from system import files
 
 
 def test_the_map_is_one_cycle_so_no_error_is_ever_erased():
@@ -14,7 +14,16 @@ def test_the_map_is_one_cycle_so_no_error_is_ever_erased():
 
 
 def test_the_tokenizer_gives_one_token_a_number_and_returns_the_text(tokenizer):
-    assert tokenizer.convert_ids_to_tokens(tokenizer("c17:k16;####z")["input_ids"]) == ["c", "17", ":", "k", "16", ";", "####", "z"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("c17:k16;####z")["input_ids"]) == [
+        "c",
+        "17",
+        ":",
+        "k",
+        "16",
+        ";",
+        "####",
+        "z",
+    ]
     assert tokenizer.decode(tokenizer("c17:k16;####z")["input_ids"]) == "c17:k16;####z"
 
 
@@ -29,7 +38,7 @@ def test_demonstrations_without_slips_are_right_and_with_them_sometimes(tokenize
 
 
 def test_a_built_world_has_disjoint_problems_and_is_not_built_twice(world):
-    train, test = (problems.load_problems(world / f"{name}.jsonl") for name in ("train", "test"))
+    train, test = (files.load_problems(world / f"{name}.jsonl") for name in ("train", "test"))
     assert not {p["problem"] for p in train} & {p["problem"] for p in test}
     assert len({p["problem"] for p in test}) == len(test) == 8
     before = (world / "base" / "model.safetensors").stat().st_mtime_ns

@@ -1,27 +1,42 @@
 """train_value.py: what is fitted, where it starts, when it stops."""
 
 import json
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from test_vapo import without_clock
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import model
 import rollout
 import table
 import train_value
+from system import checkpoint, loading
 
-SMALL = ["--device=cpu", "--answers=1024", "--samples=8", "--passes=4", "--lr=3e-3", "--patience=4", "--micro_batch_tokens=4096"]
+SMALL = ["--device=cpu", "--answers=1024", "--samples=8", "--passes=4", "--lr=3e-3",
+         "--patience=4", "--micro_batch_tokens=4096"]  # fmt: skip
 
 
 def value_run(world, out, *flags):
     return train_value.main([f"@{world}/train_value.args", *SMALL, f"--out={out}", *flags])
 
 
-def rows_of(world, device="cpu"):
-    stored = torch.load(Path(world) / "answers.pt", map_location=device, weights_only=True)
-    return table.take(stored["rows"], torch.arange(8, device=device))
+def answers_of(out):
+    """All rows that a run has sampled."""
+    return torch.load(Path(out) / "answers.pt", weights_only=True)["rows"]
+
+
+def rows_of(out, device="cpu"):
+    """The first eight of them."""
+    rows = {name: column.to(device) for name, column in answers_of(out).items()}
+    return table.take(rows, torch.arange(8, device=device))
+
+
+def lines_of(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +47,20 @@ def run(world, tmp_path_factory):
 
 
 def test_pretraining_moves_the_critic_and_never_the_policy(world, tmp_path, monkeypatch):
-    loaded, load_policy = [], model.load_policy
-    monkeypatch.setattr(model, "load_policy", lambda *arguments: loaded.append(load_policy(*arguments)) or loaded[-1])
+    loaded, load_policy = [], loading.load_policy
+
+    def spy(*arguments):
+        loaded.append(load_policy(*arguments))
+        return loaded[-1]
+
+    monkeypatch.setattr(loading, "load_policy", spy)
     metrics = value_run(world, tmp_path)
     policy, untouched = loaded[0], load_policy(str(world / "base"), torch.device("cpu"))
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), untouched.parameters()))
     assert all(weight.grad is None for weight in policy.parameters())
-    critic = model.load_critic(metrics["critic"], torch.device("cpu"))
-    assert not torch.equal(critic.model.layers[0].mlp.up_proj.weight, policy.model.layers[0].mlp.up_proj.weight)
+    critic = loading.load_critic(metrics["critic"], torch.device("cpu"))
+    trunks = (network.model.layers[0].mlp.up_proj.weight for network in (critic, policy))
+    assert not torch.equal(*trunks)
     assert critic.score.weight.abs().sum() > 0
 
 
@@ -50,17 +71,19 @@ def test_pretraining_beats_a_constant_and_no_critic_beats_the_best(run):
 
 def test_every_pass_is_measured_and_logged(run):
     out, metrics = run
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = lines_of(out)
     assert [line["step"] for line in lines] == list(range(lines[-1]["step"] + 1))
     passes = [line for line in lines if "explained_variance" in line]
     assert len(passes) == 5 and {"value_loss", "value_first", "value_last"} <= passes[-1].keys()
-    assert min(line["value_loss"] for line in passes) == pytest.approx(metrics["value_loss"], abs=1e-6)
+    lowest = min(line["value_loss"] for line in passes)
+    assert lowest == pytest.approx(metrics["value_loss"], abs=1e-6)
 
 
 def test_value_looks_before_every_token_and_reward_after_the_last():
     rows = {"length_B": torch.tensor([3, 1]), "reward_B": torch.tensor([1.0, 2.0])}
     target_BT, mask_BT, shift = train_value.objective_columns(rows, "value")
-    assert target_BT.tolist() == [[1, 1, 1], [2, 0, 0]] and mask_BT.tolist() == [[1, 1, 1], [1, 0, 0]] and shift == 0
+    assert target_BT.tolist() == [[1, 1, 1], [2, 0, 0]] and shift == 0
+    assert mask_BT.tolist() == [[1, 1, 1], [1, 0, 0]]
     _, mask_BT, shift = train_value.objective_columns(rows, "reward")
     assert mask_BT.tolist() == [[0, 0, 1], [1, 0, 0]] and shift == 1
 
@@ -68,36 +91,40 @@ def test_value_looks_before_every_token_and_reward_after_the_last():
 def test_a_reward_model_is_worse_than_a_critic_before_the_end(world, run, tmp_path):
     out, metrics = run
     reward = value_run(world, tmp_path, "--objective=reward", f"--reuse_answers={out}/answers.pt")
-    critic = model.load_critic(reward["critic"], torch.device("cpu"))
-    rows = table.take(torch.load(out / "answers.pt", weights_only=True)["rows"], torch.arange(1024))
-    as_critic, _ = train_value.measure(critic, rows, "value", 64)
+    critic = loading.load_critic(reward["critic"], torch.device("cpu"))
+    as_critic, _ = train_value.measure(critic, answers_of(out), "value", 64)
     assert as_critic["explained_variance"] < metrics["explained_variance"]
     assert reward["explained_variance"] > as_critic["explained_variance"]
 
 
-def test_stored_answers_are_used_again_and_only_for_the_same_run(world, run, tmp_path, monkeypatch, capsys):
+def test_stored_answers_are_used_again_and_only_for_the_same_run(
+    world, run, tmp_path, monkeypatch, capsys
+):
     out, _ = run
     monkeypatch.setattr(rollout, "sample", lambda *_, **__: pytest.fail("sampled again"))
-    value_run(world, tmp_path, "--passes=1", f"--reuse_answers={out}/answers.pt")
+    again = f"--reuse_answers={out}/answers.pt"
+    value_run(world, tmp_path, "--passes=1", again)
     with pytest.raises(SystemExit) as stop:
-        value_run(world, tmp_path / "other", "--temperature=0.5", f"--reuse_answers={out}/answers.pt")
+        value_run(world, tmp_path / "other", "--temperature=0.5", again)
     assert stop.value.code == 2 and "another temperature" in capsys.readouterr().err
 
 
 def test_rewards_pass_into_the_values(world, tmp_path):
-    metrics = value_run(world, tmp_path, "--reward_correct=0", "--reward_wrong=-2", "--passes=1", "--lr=1e-9")
+    rewards = ["--reward_correct=0", "--reward_wrong=-2"]
+    metrics = value_run(world, tmp_path, *rewards, "--passes=1", "--lr=1e-9")
     assert -2 < metrics["value_first"] < -0.5
 
 
 def test_a_short_file_is_asked_several_times_and_one_problem_is_too_few(world, tmp_path, capsys):
     lines = (world / "train.jsonl").read_text().splitlines()
-    (tmp_path / "two.jsonl").write_text(lines[0] + "\n" + next(line for line in lines if line != lines[0]))
-    value_run(world, tmp_path / "two", f"--train={tmp_path}/two.jsonl", "--answers=64", "--passes=1")
-    rows = torch.load(tmp_path / "two" / "answers.pt", weights_only=True)["rows"]
-    assert rows["problem_B"].bincount().tolist() == [32, 32]
+    another = next(line for line in lines if line != lines[0])
+    (tmp_path / "two.jsonl").write_text(f"{lines[0]}\n{another}")
     (tmp_path / "one.jsonl").write_text(lines[0])
+    flags = {name: f"--train={tmp_path}/{name}.jsonl" for name in ("one", "two")}
+    value_run(world, tmp_path / "two", flags["two"], "--answers=64", "--passes=1")
+    assert answers_of(tmp_path / "two")["problem_B"].bincount().tolist() == [32, 32]
     with pytest.raises(SystemExit) as stop:
-        value_run(world, tmp_path / "one", f"--train={tmp_path}/one.jsonl", "--answers=16")
+        value_run(world, tmp_path / "one", flags["one"], "--answers=16")
     assert stop.value.code == 2 and "at least 2 problems" in capsys.readouterr().err
 
 
@@ -109,54 +136,123 @@ def test_a_critic_is_not_overwritten(world, run, capsys):
 
 def test_it_stops_at_the_target_or_at_steps(world, run, tmp_path):
     out, _ = run
-    lines = {}
+    steps = {}
     for name, flag in (("target", "--target_explained_variance=-5"), ("steps", "--steps=2")):
         value_run(world, tmp_path / name, flag, f"--reuse_answers={out}/answers.pt")
-        lines[name] = [json.loads(line)["step"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-    assert lines["steps"] == [0, 1, 2]
-    assert lines["target"][-1] == 15  # one pass over 115 problems with 8 answers each, in batches of 64
+        steps[name] = [line["step"] for line in lines_of(tmp_path / name)]
+    assert steps["steps"] == [0, 1, 2]
+    # one pass over 115 problems with 8 answers each, in batches of 64
+    assert steps["target"][-1] == 15
 
 
 def test_it_stops_when_the_held_out_loss_rises_and_keeps_the_best_pass(world, run, tmp_path):
     out, _ = run
-    metrics = value_run(world, tmp_path, "--passes=50", "--lr=1", "--patience=1", f"--reuse_answers={out}/answers.pt")
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    passes = [line for line in lines if "value_loss" in line]
-    assert len(passes) < 50 and passes[-1]["value_loss"] >= metrics["value_loss"]
-    assert metrics["value_loss"] == pytest.approx(min(line["value_loss"] for line in passes), abs=1e-6)
-    # the saved critic is that of the best pass: here the first one, a constant, before the learning rate ruined it
-    critic = model.load_critic(metrics["critic"], torch.device("cpu"))
-    rows = torch.load(out / "answers.pt", weights_only=True)["rows"]
-    saved, _ = train_value.measure(critic, rows, "value", 64)
+    flags = ["--passes=50", "--lr=1", "--patience=1", f"--reuse_answers={out}/answers.pt"]
+    metrics = value_run(world, tmp_path, *flags)
+    measured = [line["value_loss"] for line in lines_of(tmp_path) if "value_loss" in line]
+    assert len(measured) < 50 and measured[-1] >= metrics["value_loss"]
+    assert metrics["value_loss"] == pytest.approx(min(measured), abs=1e-6)
+    # the saved critic is that of the best pass: here the first one, a constant, before the learning
+    # rate ruined it
+    critic = loading.load_critic(metrics["critic"], torch.device("cpu"))
+    saved, _ = train_value.measure(critic, answers_of(out), "value", 64)
     assert metrics["step"] == 0 and saved["value_last"] == pytest.approx(metrics["value_first"])
 
 
+def signal_at(monkeypatch, number):
+    """Has a SIGTERM come in that optimiser step of value pretraining; returns what counts them."""
+    calls, value_gradients = [], train_value.value_gradients
+
+    def struck(*args, **options):
+        calls.append(1)
+        if len(calls) == number:
+            signal.raise_signal(signal.SIGTERM)
+        return value_gradients(*args, **options)
+
+    monkeypatch.setattr(train_value, "value_gradients", struck)
+    return calls
+
+
+# A pass is 15 steps: in its middle, after its last step, in the very first one.
+@pytest.mark.parametrize("step, passes", [(20, 1), (30, 1), (1, 0)])
+def test_a_stop_inside_a_pass_repeats_it_and_ends_bit_for_bit_like_the_undisturbed_run(
+    world, run, tmp_path, monkeypatch, capsys, step, passes
+):
+    out, metrics = run
+    shutil.copy(out / "answers.pt", tmp_path)
+    with monkeypatch.context() as patch:
+        steps = signal_at(patch, step)
+        with pytest.raises(SystemExit) as stop:
+            value_run(world, tmp_path)
+    whole = step % 15 == 0  # then the pass is measured and saved first
+    assert stop.value.code == 128 + signal.SIGTERM and len(steps) == step
+    assert f"pass {passes + 1 + whole} of it begins again" in capsys.readouterr().err
+    assert not (tmp_path / "critic").exists()
+    with monkeypatch.context() as patch:
+        steps = signal_at(patch, 0)
+        resumed = value_run(world, tmp_path)
+    assert len(steps) == 60 - 15 * (passes + whole)
+    for name in ("step", "value_loss", "explained_variance"):
+        assert resumed[name] == metrics[name]
+    assert without_clock(lines_of(tmp_path)) == without_clock(lines_of(out))
+    weights = [(where / "critic" / "model.safetensors").read_bytes() for where in (tmp_path, out)]
+    assert weights[0] == weights[1]
+    assert not (tmp_path / "best").exists() and not checkpoint.saved(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--passes=50", "--lr=1", "--patience=1"], ["--target_explained_variance=-5"], ["--steps=2"]],
+    ids=["patience", "target", "steps"],
+)
+def test_what_is_killed_between_its_last_pass_and_its_end_fits_no_more(
+    world, run, tmp_path, monkeypatch, flags
+):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    flags = [*flags, f"--reuse_answers={run[0]}/answers.pt"]
+    metrics = value_run(world, tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr("system.run.Log.close", killed)
+        with pytest.raises(SystemExit):
+            value_run(world, tmp_path / "part", *flags)
+    assert value_run(world, tmp_path / "part", *flags)["step"] == metrics["step"]
+    part, whole = (without_clock(lines_of(tmp_path / name)) for name in ("part", "whole"))
+    assert part == whole
+
+
 def test_critic_from_a_policy_starts_at_the_mean_reward(world, run, device):
-    critic = model.load_critic(str(world / "base"), device, mean_reward=0.25)
+    critic = loading.load_critic(str(world / "base"), device, mean_reward=0.25)
     value_BT = model.critic_values(critic, rows_of(run[0], device))
-    assert (value_BT == 0.25).all() and critic.config.classifier_dropout == 0 and not critic.training
+    assert (value_BT == 0.25).all()
+    assert critic.config.classifier_dropout == 0 and not critic.training
 
 
 def test_critic_from_a_reward_model_gives_the_reward_models_scores(world, run, tmp_path, capsys):
     torch.manual_seed(0)
-    reward_model = AutoModelForSequenceClassification.from_pretrained(world / "base", num_labels=1, dtype=torch.float32).eval()
+    from_base = AutoModelForSequenceClassification.from_pretrained
+    reward_model = from_base(world / "base", num_labels=1, dtype=torch.float32).eval()
     reward_model.save_pretrained(tmp_path / "reward")
     rows = rows_of(run[0])
-    critic = model.load_critic(str(tmp_path / "reward"), torch.device("cpu"))
+    critic = loading.load_critic(str(tmp_path / "reward"), torch.device("cpu"))
     value_BT = model.critic_values(critic, rows, shift=1)
     for i, length in enumerate(rows["length_B"].tolist()):
         tokens = rows["token_BL"][i : i + 1, : int(rows["prompt_length_B"][i]) + length]
-        torch.testing.assert_close(value_BT[i, length - 1], reward_model(tokens).logits[0, 0], rtol=1e-4, atol=1e-5)
+        score = reward_model(tokens).logits[0, 0]
+        torch.testing.assert_close(value_BT[i, length - 1], score, rtol=1e-4, atol=1e-5)
 
-    two_labels = AutoModelForSequenceClassification.from_pretrained(world / "base", num_labels=2)
-    two_labels.save_pretrained(tmp_path / "two")
+    from_base(world / "base", num_labels=2).save_pretrained(tmp_path / "two")
     AutoTokenizer.from_pretrained(world / "base").save_pretrained(tmp_path / "two")
+    flags = [f"--init={tmp_path}/two", f"--reuse_answers={run[0]}/answers.pt"]
     with pytest.raises(SystemExit) as stop:
-        value_run(world, tmp_path / "out", f"--init={tmp_path}/two", f"--reuse_answers={run[0]}/answers.pt")
+        value_run(world, tmp_path / "out", *flags)
     assert stop.value.code == 2 and "2 labels" in capsys.readouterr().err
 
 
-def test_short_answers_come_first_and_the_learning_rate_falls_to_zero_if_asked(world, run, tmp_path, monkeypatch):
+def test_short_answers_come_first_and_the_learning_rate_falls_to_zero_if_asked(
+    world, run, tmp_path, monkeypatch
+):
     out, _ = run
     rates, lengths, step, take = [], [], torch.optim.AdamW.step, table.take
 
@@ -171,11 +267,12 @@ def test_short_answers_come_first_and_the_learning_rate_falls_to_zero_if_asked(w
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
     monkeypatch.setattr(table, "take", spy_take)
-    flags = ["--passes=1", "--short_passes=2", "--batch=64", "--decay", "--lr=0.001", "--micro_batch_tokens=4096"]
+    flags = ["--passes=1", "--short_passes=2", "--batch=64", "--decay", "--lr=0.001"]
     value_run(world, tmp_path, *flags, f"--reuse_answers={out}/answers.pt")
+    # nine problems of ten: 922 of 1024 answers, more or less
     short, whole = -(-(922 // 2) // 64), -(-922 // 64)
-    assert abs(len(rates) - (2 * short + whole)) <= 2  # nine problems of ten: 922 of 1024 answers, more or less
     total = len(rates)
+    assert abs(total - (2 * short + whole)) <= 2
     assert rates[:3] == pytest.approx([1e-4 * (s + 1) * (1 - s / total) for s in range(3)])
     assert rates[-3:] == pytest.approx([1e-3 * left / total for left in (3, 2, 1)])
     assert max(lengths[: 2 * (short - 1)]) < min(lengths[2 * (short - 1) :])

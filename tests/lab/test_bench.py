@@ -1,58 +1,96 @@
 """bench.py: both sides of a comparison do the same work, and the table says what was measured."""
 
 import json
-from types import SimpleNamespace
+import re
 
 import pytest
 import torch
-from test_bad_input import fails_with
+from helpers import fails_with
 
-import bench
 import model
-import problems as problem_files
+import train_vapo
+from lab import bench
+from system import settings
+from system.run import seeded_generator
 
 
-def test_the_line_has_medians_and_the_spread_of_the_turns_ratios(monkeypatch):
+def test_the_line_has_medians_and_the_spread_of_the_turns_ratios(monkeypatch, capsys):
     # Ours takes 1, 2 and 4 seconds, the other 3, 3 and 4: ratios 3, 1.5 and 1 for 12 tokens each.
-    taken = iter([1, 3, 2, 3, 4, 4])
+    taken, rows = iter([1, 3, 2, 3, 4, 4]), {"length_B": torch.tensor([5, 7])}
     monkeypatch.setattr(bench, "seconds", lambda function, device: (next(taken), function()))
-    line = bench.side_by_side("part", "other", lambda: 12, lambda: 12, bench.Settings(repeats=3), None)
+    line = bench.side_by_side("part", "other", lambda: rows, lambda: rows, 3, None)
     assert (line["ratio"], line["lowest"], line["highest"]) == (1.5, 1, 3)
     assert (line["ours"], line["theirs"]) == (6, 4)
-    assert "6 tok/s" in bench.describe_line(line) and "1.50x (1.00 to 3.00)" in bench.describe_line(line)
+    text = capsys.readouterr().out
+    assert "6.0 tok/s" in text and "1.50x (1.00 to 3.00)" in text
 
 
 def test_it_runs_and_writes_what_it_printed(tmp_path, capsys):
-    lines = bench.main(["--parts", "gae", "draw", "--repeats", "1", "--device", "cpu", "--json", str(tmp_path / "bench.json")])
-    stored = json.loads((tmp_path / "bench.json").read_text())
-    assert stored["lines"] == lines and [line["part"] for line in lines] == ["GAE, 512 x 4096", "draw, 64 rows"]
+    flags = ["--parts", "gae", "draw", "--repeats=1", "--device=cpu", f"--json={tmp_path}/b.json"]
+    lines = bench.main(flags)
+    stored = json.loads((tmp_path / "b.json").read_text())
+    titles = [line["part"] for line in lines]
+    assert stored["lines"] == lines and titles == ["GAE, 512 x 4096", "draw, 64 rows"]
     printed = capsys.readouterr().out
-    assert all(bench.describe_line(line) in printed for line in lines)
+    assert all(f"{line['ours']:,.1f} times/s" in printed for line in lines)
 
 
-@pytest.mark.parametrize("flags", [["--parts", "gea"], ["--models", "7B"], ["--repeats", "0"]])
-def test_bad_flags_end_with_one_line(flags, capsys):
-    with pytest.raises(SystemExit) as stop:
-        bench.main(flags)
-    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+def test_sampling_and_update_in_a_small_world(world):
+    flags = [f"@{world}/train_vapo.args", "--prompts=4", "--samples=4", "--response_length=24",
+             "--mini_batch=8", "--device=cpu", "--repeats=1"]  # fmt: skip
+    sampling, update = bench.main([*flags, "--parts", "sampling", "update"])
+    assert sampling["against"] == "--engine hf" and update["against"] == "16 rows, whole logits"
+    assert all(line["unit"] == "tok/s" and line["ratio"] > 0 for line in (sampling, update))
+    assert re.fullmatch(r"update, 0\.00 and 0\.00 GB", update["part"])
 
 
-def test_trl_trains_on_our_answers_and_has_our_gradient(world, monkeypatch, capsys):
-    pytest.importorskip("trl", reason="TRL is not installed")
-    import against_trl
+def test_both_sides_of_the_update_make_the_same_gradients(world, monkeypatch):
+    flags = [f"@{world}/train_vapo.args", "--prompts=6", "--samples=4", "--response_length=24"]
+    asked = settings.parse(train_vapo.Settings, [*flags, "--device=cpu"], "")
+    policy, tokenizer, (problems,) = model.set_up(asked, [asked.train])
+    how = (tokenizer, problems[:6], asked, seeded_generator(0, "test"))
+    policy, critic, rows, _ = bench.scored(policy, bench.sample(policy, *how), asked)
+    found = []
+    for network in (policy, critic):  # `update` throws the gradients away by zero_grad
+        monkeypatch.setattr(network, "zero_grad", lambda network=network: found.append(
+            [p.grad.clone() for p in network.parameters() if p.grad is not None]))  # fmt: skip
+    for plain in (False, True):
+        bench.update(policy, critic, rows, asked, plain=plain)
+        for network in (policy, critic):
+            type(network).zero_grad(network)
+    for ours, theirs in zip(found[:2], found[2:]):
+        assert len(ours) == len(theirs) > 0
+        for one, other in zip(ours, theirs):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
-    tokenizer, policy = model.load_tokenizer(str(world / "base")), model.load_policy(str(world / "base"), torch.device("cpu"))
-    asked = SimpleNamespace(prompt_template="{problem}:", prompt_length=8, chat_template=False, drop_long_prompts=False)
-    problems = problem_files.prompted_problems(f"{world}/train.jsonl", tokenizer, asked)
-    monkeypatch.setattr(bench, "subject", lambda *_: (policy, tokenizer, problems, None, None, 40))
-    monkeypatch.setattr(against_trl, "PROBLEMS", 8)
-    monkeypatch.setattr(against_trl, "SIZES", (16, 64))
-    lines = bench.main(["--parts", "trl", "--repeats", "1", "--device", "cpu"])  # it asserts that the gradients are equal
-    assert [line["part"] for line in lines] == ["update, toy", "old log-probs and update, toy"]
-    assert all(line["ours"] > 0 and line["theirs"] > 0 for line in lines)
-    assert "relative difference" in capsys.readouterr().out
+
+def test_scale_counts_time_and_memory_by_length(world, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SCALE", [(4, 8), (8, 8), (4, 16)])
+    lines = bench.main([f"@{world}/train_vapo.args", "--scale", "--device=cpu"])
+    assert [(line["answers"], line["tokens"]) for line in lines] == bench.SCALE
+    numbers = ("sampling_us", "scoring_us", "update_us", "update_GB")
+    assert all(line[name] > 0 for line in lines for name in numbers)
+    assert lines[1]["update_GB"] > lines[0]["update_GB"]
+    assert "    8 answers of      8 tokens" in capsys.readouterr().out
 
 
-def test_without_trl_one_line_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    fails_with(capsys, bench.main, ["--parts", "trl"], "--parts trl needs the package trl: pip install trl datasets")
+def test_the_peak_is_of_what_is_alive_at_once():
+    def function():
+        for _ in range(3):
+            torch.zeros(1000)
+        return torch.zeros(500), torch.zeros(250)
+
+    assert bench.peak_gigabytes(function) == 4 * 1000 / 1e9
+
+
+@pytest.mark.parametrize(
+    "flags, fragment",
+    [
+        (["--parts", "gea"], "--parts must be of gae, "),
+        (["--parts", "sampling", "--model=7B"], "7B"),
+        (["--repeats=0"], "--repeats must be at least 1"),
+    ],
+)
+def test_bad_flags_end_with_one_line(flags, fragment, capsys, monkeypatch):
+    monkeypatch.setattr("toy.defaults", lambda script, model: {})
+    fails_with(capsys, bench.main, flags, fragment)

@@ -1,4 +1,7 @@
-"""What plan.py says before a run, against what small runs then take. `python -m tests.test_plan` prints the table."""
+"""What plan.py says before a run, against what small runs then take.
+
+python -m tests.lab.test_plan     # prints the README's table
+"""
 
 import json
 import tempfile
@@ -7,18 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import fails_with
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import dryrun
-import logprobs
-import losses
 import model
-import plan
-import ppo
 import rollout
 import train_vapo
-from tests.test_bad_input import fails_with
-from train_vapo import Settings
+from lab import dryrun, plan
+from lab.plan import Settings
+from system import loading, slots
+from train_value import value_gradients
 
 SHAPES = {  # hidden, layers, heads, key-value heads, intermediate, words, tied
     "32B": (5120, 64, 40, 8, 27648, 152064, False),
@@ -33,67 +34,81 @@ def config_only(name, folder):
     """A directory with the config.json of a Qwen2 model of that shape, and nothing else."""
     hidden, layers, heads, key_value_heads, intermediate, words, tied = SHAPES[name]
     config = {
-        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": hidden, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": key_value_heads, "intermediate_size": intermediate, "vocab_size": words,
-        "tie_word_embeddings": tied, "max_position_embeddings": 32768, "bos_token_id": None, "pad_token_id": None, "eos_token_id": None,
+        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": hidden,
+        "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads, "intermediate_size": intermediate,
+        "vocab_size": words, "tie_word_embeddings": tied, "max_position_embeddings": 32768,
+        "bos_token_id": None, "pad_token_id": None, "eos_token_id": None,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
 
 
-def small_run(name, folder, dtype="float32", **settings):
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """The directory of a model of 32 billion parameters; its dry runs are made once."""
+    return config_only("32B", tmp_path_factory.mktemp("32B"))
+
+
+def small_run(name, folder, dtype="float32", **own):
     """Settings of a run on one device whose updates are one micro-batch of 4 × 144 tokens."""
-    numbers = {"prompts": 2, "samples": 4, "mini_batch": 4, "prompt_length": 64, "response_length": 80, "micro_batch_tokens": 576}
-    return Settings(model=config_only(name, folder), dtype=dtype, plan=True, **(numbers | settings))
+    numbers = {"prompts": 2, "samples": 4, "mini_batch": 4, "prompt_length": 64,
+               "response_length": 80, "micro_batch_tokens": 576}  # fmt: skip
+    return Settings(model=config_only(name, folder), dtype=dtype, **(numbers | own))
 
 
-def built(settings):
+def built(asked):
     """(policy, critic) with random weights, as train_vapo.main has them."""
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(settings.model)
+    config = AutoConfig.from_pretrained(asked.model)
     policy = AutoModelForCausalLM.from_config(config).eval()
-    policy.logit_treatment = model.measure_logits(policy)
+    policy.logit_transform = loading.measure_logits(policy)
     config.num_labels, config.classifier_dropout = 1, 0.0
-    critic = model.critic_class(config).from_config(config).eval()
+    critic = loading.critic_class(config).from_config(config).eval()
     for network in (policy, critic):
-        network.arithmetic = model.arithmetic(settings.dtype, network.device)
-        model.checkpoint_gradients(network, settings.gradient_checkpointing)
+        network.compute_dtype = loading.compute_dtype(asked.dtype, network.device)
+        loading.checkpoint_gradients(network, asked.gradient_checkpointing)
     return policy, critic
 
 
-def batch_of(settings):
+def batch_of(asked):
     """The answers of one micro-batch, all at the limit."""
-    rows, length = settings.mini_batch, settings.response_length
+    rows, length = asked.mini_batch, asked.response_length
     batch = {
-        "token_BL": torch.randint(0, 1000, (rows, settings.prompt_length + length)), "length_B": torch.full((rows,), length),
-        "prompt_length_B": torch.full((rows,), settings.prompt_length), "correct_B": torch.arange(rows) % 2 == 0,
-    }  # fmt: skip
-    for column in ("sampled_logp_BT", "old_logp_BT", "old_value_BT", "target_BT", "adv_BT", "importance_BT"):
-        batch[column] = torch.randn(rows, length)
-    return ppo.add_weights(batch, settings)
-
-
-KERNELS = SimpleNamespace(
-    logprobs=(logprobs.add_slice, logprobs.slice_gradient), policy_loss=losses.policy_loss, value_loss=losses.value_loss
-)
+        "token_BL": torch.randint(0, 1000, (rows, asked.prompt_length + length)),
+        "length_B": torch.full((rows,), length),
+        "prompt_length_B": torch.full((rows,), asked.prompt_length),
+        "correct_B": torch.arange(rows) % 2 == 0,
+    }
+    for name in ("sampled_logp", "old_logp", "old_value", "target", "adv", "importance"):
+        batch[f"{name}_BT"] = torch.randn(rows, length)
+    train_vapo.weights(batch, asked)
+    return batch
 
 
 def size(tensors):
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def measured_update(settings):
-    """Bytes of a real update, by the parts of `plan.memory`: of the tensors at hand, of those that autograd keeps for the backward
-    pass, and of all that live at once in a second pass, which finds gradients in place."""
-    policy, critic = built(settings)
-    batch, both = batch_of(settings), [*policy.parameters(), *critic.parameters()]
+def measured_update(asked):
+    """Bytes of a real update, by the parts of `plan.memory`: of the tensors at hand, of those that
+    autograd keeps for the backward pass, and of all that live at once in a second pass, which finds
+    gradients in place."""
+    policy, critic = built(asked)
+    batch, both = batch_of(asked), [*policy.parameters(), *critic.parameters()]
     optimizer = torch.optim.AdamW(both, fused=True)
-    ppo.backward(policy, critic, batch, settings, KERNELS)
+
+    def gradients():
+        value_gradients(critic, batch, asked)
+        train_vapo.policy_gradients(policy, batch, asked)
+
+    gradients()
     optimizer.step()
+    states = [state.items() for state in optimizer.state.values()]
     parts = {
         "weights": size(both),
         "gradients": size(p.grad for p in both),
-        "AdamW's moments": size(moment for state in optimizer.state.values() for name, moment in state.items() if name != "step"),
+        "AdamW's moments": size(x for items in states for name, x in items if name != "step"),
     }
     kept, known = {}, {p.untyped_storage().data_ptr() for p in both}
 
@@ -103,63 +118,80 @@ def measured_update(settings):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        with model.autocast(policy):
+        with loading.autocast(policy):
             hidden_BTD = model.response_hidden(policy.base_model, batch)
     del hidden_BTD
     parts["activations"] = sum(kept.values())
     with dryrun.Live([*both, *(p.grad for p in both), *batch.values()]) as live:
-        ppo.backward(policy, critic, batch, settings, KERNELS)
-    parts["most"] = live.peak
-    return parts
+        gradients()
+    return parts | {"most": live.peak}
 
 
-def planned_update(settings):
-    parts = {name: numbers[2] for name, numbers in plan.memory(settings).items()}
+def planned_update(asked):
+    parts = {name: numbers[2] for name, numbers in plan.memory(asked).items()}
     return parts | {"most": parts["activations"] + parts["logits, temporaries"]}
 
 
-@pytest.mark.parametrize("name, dtype", [("20M", "float32"), ("26M", "float32"), ("26M", "bfloat16")])
-@pytest.mark.parametrize("checkpointing", [False, True])
+def of_both(name, dtype, checkpointing, slow=True):
+    marks = [pytest.mark.slow] * slow
+    return pytest.param(name, dtype, checkpointing, marks=marks)
+
+
+@pytest.mark.parametrize(
+    "name, dtype, checkpointing",
+    [
+        of_both("20M", "float32", False, slow=False),
+        of_both("26M", "bfloat16", True, slow=False),
+        of_both("20M", "float32", True),
+        of_both("26M", "float32", False),
+        of_both("26M", "float32", True),
+        of_both("26M", "bfloat16", False),
+    ],
+)
 def test_memory_of_a_real_update_is_what_was_planned(name, dtype, checkpointing, tmp_path):
-    settings = small_run(name, tmp_path, dtype, gradient_checkpointing=checkpointing)
-    planned, measured = planned_update(settings), measured_update(settings)
+    asked = small_run(name, tmp_path, dtype, gradient_checkpointing=checkpointing)
+    planned, measured = planned_update(asked), measured_update(asked)
     for part in ("weights", "gradients", "AdamW's moments"):
         assert planned[part] == measured[part]
     for part in ("activations", "most"):
-        assert planned[part] == pytest.approx(measured[part], rel=0.15), (part, planned, measured)
+        close = pytest.approx(measured[part], rel=0.15)
+        assert planned[part] == close, (part, planned, measured)
 
 
-def measured_sampling(settings, monkeypatch):
-    """(bytes of the sampler's table, most bytes alive) of sampling answers that all run to the limit."""
+def measured_sampling(asked, monkeypatch):
+    """(bytes of the sampler's table, most bytes alive) of answers that all run to the limit."""
     tables = []
 
-    class Watched(rollout.Slots):
+    class Watched(slots.Slots):
         def advance(self):
             super().advance()
             tables.append(size(x for layer in self.layers for x in (layer.keys, layer.values)))
 
-    monkeypatch.setattr(rollout, "Slots", Watched)
-    policy, _ = built(settings)
+    monkeypatch.setattr(slots, "Slots", Watched)
+    policy, _ = built(asked)
     policy.generation_config.eos_token_id = None
-    problems = [{"prompt": [1] * settings.prompt_length}] * settings.prompts
-    tokenizer = SimpleNamespace(eos_token_id=-1, added_tokens_decoder={})  # no answer ends before the limit
-    asked = (settings.samples, settings.response_length, 1.0, torch.Generator(), settings.sample_rows)
+    problems = [{"prompt": [1] * asked.prompt_length}] * asked.prompts
+    tokenizer = SimpleNamespace(eos_token_id=-1, added_tokens_decoder={})  # no answer ends before
+    how = (asked.samples, asked.response_length, 1.0, torch.Generator(), asked.sample_rows)
     with dryrun.Live(policy.parameters()) as live:
-        rollout.sample(policy, tokenizer, problems, *asked)
+        rollout.sample(policy, tokenizer, problems, *how)
     return max(tables), live.peak
 
 
-def planned_sampling(settings):
+def planned_sampling(asked):
     """(bytes of the table alone, most bytes) by plan.py."""
-    s, parts = plan.shapes(settings), plan.memory(settings)
-    columns = plan.table_columns(settings.prompt_length, settings.response_length, s.answers > s.slots)
-    return columns * s.slots * dryrun.token_bytes(s.sampling), parts["keys and values"][0] + parts["logits, temporaries"][0]
+    s, parts = plan.shapes(asked), plan.memory(asked)
+    lengths = asked.prompt_length, asked.response_length
+    columns = plan.table_columns(*lengths, s.answers > s.slots)
+    most = parts["keys and values"][0] + parts["logits, temporaries"][0]
+    return columns * s.slots * dryrun.token_bytes(s.sampling), most
 
 
-@pytest.mark.parametrize("sample_rows", [256, 4])  # all answers at once, or two waves
+# All answers at once, or two waves.
+@pytest.mark.parametrize("sample_rows", [pytest.param(256, marks=pytest.mark.slow), 4])
 def test_memory_of_real_sampling_is_what_was_planned(sample_rows, tmp_path, monkeypatch):
-    settings = small_run("20M", tmp_path, sample_rows=sample_rows)
-    planned, measured = planned_sampling(settings), measured_sampling(settings, monkeypatch)
+    asked = small_run("20M", tmp_path, sample_rows=sample_rows)
+    planned, measured = planned_sampling(asked), measured_sampling(asked, monkeypatch)
     assert planned[0] == measured[0]
     assert planned[1] == pytest.approx(measured[1], rel=0.15)
 
@@ -173,33 +205,37 @@ def test_parameters_are_those_of_the_models_that_train(tmp_path):
     assert counts == {"32B": 32_763_876_352, "7B": 7_615_616_512, "0.5B": 494_032_768}
     with torch.device("meta"):  # the last: 0.5B's critic
         config = AutoConfig.from_pretrained(tmp_path / "0.5B", num_labels=1)
-        critic = model.critic_class(config).from_config(config)
-    assert s.critic == sum(p.numel() for p in critic.parameters()) == 494_032_768 + 896 + 1
+        critic = loading.critic_class(config).from_config(config)
+    parameters = sum(p.numel() for p in critic.parameters())
+    assert s.critic == parameters == 494_032_768 + 896 + 1
 
 
 def test_states_of_half_a_billion_parameters_on_four_gpus():
-    assert plan.state_bytes(494_032_768, 4) == (494_032_768, 494_032_768, 988_065_536)  # together 16 · n / 4
+    states = plan.state_bytes(494_032_768, 4)  # together 16 · n / 4
+    assert states == (494_032_768, 494_032_768, 988_065_536)
     assert sum(plan.state_bytes(1, 1)) == 16
 
 
-def test_keys_and_values_of_one_token(tmp_path):
-    (tmp_path / "32B").mkdir()
-    s = plan.shapes(Settings(model=config_only("32B", tmp_path / "32B"), gpus=64))
-    assert dryrun.token_bytes(s.sampling) == 2 * 64 * 8 * 128 * 2  # two, layers, key-value heads, width of one, bfloat16
+def test_keys_and_values_of_one_token(large):
+    s = plan.shapes(Settings(model=large, gpus=64))
+    # Two, layers, key-value heads, width of one, bfloat16.
+    assert dryrun.token_bytes(s.sampling) == 2 * 64 * 8 * 128 * 2
 
 
 def test_activations_are_those_that_a_reader_counts(tmp_path):
-    """What autograd keeps of a Qwen2 layer in float32, in numbers a token: width D, heads' width D, key-value width E, MLP width F.
+    """What autograd keeps of a Qwen2 layer in float32, in numbers a token: width D, heads' width D,
+    key-value width E, MLP width F.
 
     Two norms: of each x, 1 / √(mean x² + ε), their product, and that times the weight; 6 D + 2
     attention: q, k and v after rotation, the output, a log-sum-exp of each head; 2 D + 2 E + heads
     MLP: gate, silu(gate), up, their product; 4 F
-    Beside the layers: the last norm, cosine and sine of the rotation (one row: its positions are all tokens), the token itself.
+    Beside the layers: the last norm, cosine and sine of the rotation (one row: its positions are
+    all tokens), the token itself.
     """
-    settings = small_run("20M", tmp_path)
+    asked = small_run("20M", tmp_path)
     width, layers, heads, key_value_heads, mlp, *_ = SHAPES["20M"]
     layer = 6 * width + 2 + 2 * width + 2 * width * key_value_heads // heads + heads + 4 * mlp
-    kept, _ = dryrun.activations(plan.shapes(settings).training, 1, 512)
+    kept, _ = dryrun.activations(plan.shapes(asked).training, 1, 512)
     assert kept == 512 * (4 * (layers * layer + 3 * width + 1 + 2 * width // heads) + 8)
 
 
@@ -212,92 +248,130 @@ def test_columns_of_the_samplers_table():
 
 
 def test_operations_of_one_layer():
-    """A model of 10 parameters and attention of width 3: 2 · 10 a token, and 4 · 3 · position, half a token's less on average."""
-    assert plan.forward_operations(10, 3, rows=1, start=0, end=4) == 4 * 20 + 12 * (0.5 + 1.5 + 2.5 + 3.5)
-    whole = plan.forward_operations(10, 3, rows=5, start=0, end=9)
-    assert whole == plan.forward_operations(10, 3, 5, 0, 4) + plan.forward_operations(10, 3, 5, 4, 9)
+    """A model of 10 parameters and attention of width 3: 2 · 10 a token, and 4 · 3 · position, half
+    a token's less on average."""
+    four = plan.forward_operations(10, 3, rows=1, start=0, end=4)
+    assert four == 4 * 20 + 12 * (0.5 + 1.5 + 2.5 + 3.5)
+    parts = [plan.forward_operations(10, 3, 5, *ends) for ends in ((0, 4), (4, 9), (0, 9))]
+    assert parts[0] + parts[1] == parts[2]
 
 
 def test_bytes_read_while_decoding():
-    """Two answers of 4 tokens after prompts of 10, in 4 steps: tokens after 10.5, 11.5, 12.5 and 13.5 others, on average."""
-    assert plan.decode_bytes(steps=4, weights=1000, answers=2, token=8, prompt=10, response=4) == 4000 + 2 * 8 * 48
+    """Two answers of 4 tokens after prompts of 10, in 4 steps: tokens after 10.5, 11.5, 12.5 and
+    13.5 others, on average."""
+    read = plan.decode_bytes(steps=4, weights=1000, answers=2, token=8, prompt=10, response=4)
+    assert read == 4000 + 2 * 8 * 48
 
 
 @pytest.mark.parametrize(
     "tokens, length, answers, rows",
-    [(16, 4, 99, (4, 4)), (16, 5, 99, (4, 4)), (16, 20, 99, (1, 20)), (16, 12, 99, (2, 8)), (16, 4, 3, (3, 4))],
+    [
+        (16, 4, 99, (4, 4)),
+        (16, 5, 99, (4, 4)),
+        (16, 20, 99, (1, 20)),
+        (16, 12, 99, (2, 8)),
+        (16, 4, 3, (3, 4)),
+    ],
 )
 def test_the_fullest_micro_batch(tokens, length, answers, rows):
     assert plan.rows_of(tokens, length, answers) == rows
 
 
-def test_a_plan_needs_a_config_and_nothing_else_and_its_remedies_help(tmp_path, capsys):
-    flags = ["--plan", f"--model={config_only('7B', tmp_path)}", "--prompts=512", "--mini_batch=512", "--response_length=20480"]
-    found = train_vapo.main([*flags, "--gpus=8"])
+LONG = ["--mini_batch=512", "--response_length=20480"]
+
+
+def test_a_plan_needs_a_config_and_nothing_else(tmp_path, capsys):
+    flags = [f"--model={config_only('7B', tmp_path)}", "--prompts=512", *LONG]
+    found = plan.main([*flags, "--gpus=8"])
     said = capsys.readouterr().out
-    assert not found["fits"] and "policy 7,615,616,512 parameters" in said and "does not fit" in said
-    rows = next(line.split()[1] for line in said.splitlines() if line.startswith("--sample_rows"))
-    assert train_vapo.main([*flags, "--gpus=8", "--gradient_checkpointing", f"--sample_rows={rows}"])["fits"]
-    assert "to make it fit" not in capsys.readouterr().out
-    assert train_vapo.main([*flags, "--gpus=16"])["gigabytes"][2] < found["gigabytes"][2]
+    assert not found["fits"] and "policy 7,615,616,512 parameters" in said
+    assert "does not fit" in said and "fullest: sampling; less memory with a lower --sample" in said
+    fitting = ["--gpus=8", "--gradient_checkpointing", "--sample_rows=16"]
+    assert plan.main([*flags, *fitting])["fits"]
+    assert "less memory" not in capsys.readouterr().out
+    assert plan.main([*flags, "--gpus=16"])["gigabytes"][2] < found["gigabytes"][2]
+    assert plan.main([*flags, "--gpus=8", "--cpu_offload"])["gigabytes"][1] < 30  # without CUDA
+    critic_free = plan.main([*flags, "--gpus=8", "--preset=grpo"])
+    assert "critic 0;" in capsys.readouterr().out and critic_free["seconds"] < found["seconds"]
+
+
+def test_a_plan_says_what_it_said_before(large, capsys):
+    """The README's plan, digit for digit."""
+    plan.main([f"--model={large}", "--gpus=64", "--prompts=512", *LONG])
+    said = capsys.readouterr().out
+    for line in (
+        "policy 32,763,876,352 parameters, critic 31,985,313,793; answers of at most 20,480 tokens",
+        "one GPU: 8 prompts, 128 answers, 128 side by side; 16 updates of 8 answers, 1 x 21,504",
+        "together                                   1248.7           96.3          548.7",
+        "updates                               1,280 PFLOP        3,235 s      612 PFLOP",
+        "together                                                  2.27 h                ",
+        "answer tokens, all GPUs                              167,772,160",
+    ):
+        assert line in said
 
 
 def test_answers_that_vllm_has_room_for():
-    """24 GB, 8.2 of them weights, and 21,504 tokens of 32,768 bytes each an answer: ⌊15.8 / 0.7046⌋."""
+    """24 GB, 8.2 of them weights, and 21,504 tokens of 32,768 bytes each an answer:
+    ⌊15.8 / 0.7046⌋."""
     assert plan.vllm_answers(share=24e9, weights=8.2e9, token=32_768, length=21_504) == 22
     assert plan.vllm_answers(share=24e9, weights=25e9, token=32_768, length=21_504) == 0
 
 
-def test_a_large_policy_samples_over_several_gpus(tmp_path, capsys):
-    model_flags = [f"--model={config_only('32B', tmp_path)}", "--mini_batch=512", "--response_length=20480"]
-    flags = ["--plan", *model_flags, "--prompts=512", "--gpus=64"]
-    alone = train_vapo.main(flags)
-    assert not alone["fits"] and "--engine vllm --tensor_parallel 8" in capsys.readouterr().out
-    together = train_vapo.main([*flags, "--engine=vllm", "--tensor_parallel=8", "--gradient_checkpointing"])
-    assert together["fits"] and "22 side by side on 8 GPUs" in capsys.readouterr().out
-    parts = plan.memory(Settings(plan=True, prompts=512, gpus=64, engine="vllm", tensor_parallel=8, model=str(tmp_path)))
+@pytest.mark.slow
+def test_a_large_policy_samples_over_several_gpus(large, capsys):
+    """vLLM need not be installed for that."""
+    flags = [f"--model={large}", "--prompts=512", "--gpus=64", *LONG]
+    alone = plan.main(flags)
+    assert not alone["fits"] and "--engine vllm --tensor_parallel N" in capsys.readouterr().out
+    vllm = ["--engine=vllm", "--tensor_parallel=8", "--gradient_checkpointing"]
+    assert plan.main([*flags, *vllm])["fits"]
+    assert "22 side by side on 8 GPUs" in capsys.readouterr().out
+    how = {"prompts": 512, "gpus": 64, "engine": "vllm", "tensor_parallel": 8}
+    parts = plan.memory(Settings(model=large, **how))
     assert parts["copy that samples"] == (32_763_876_352 * 2 / 8,) * 3  # bfloat16
-    assert [sum(pair) for pair in zip(parts["copy that samples"], parts["keys and values"])] == [0.3 * 80e9] * 3
-    assert not train_vapo.main([*flags, "--engine=vllm"])["fits"]
+    pairs = zip(parts["copy that samples"], parts["keys and values"])
+    assert [sum(pair) for pair in pairs] == [0.3 * 80e9] * 3
+    assert not plan.main([*flags, "--engine=vllm"])["fits"]
     assert "no room beside its weights for one answer" in capsys.readouterr().out
-
-
-def test_a_model_that_fits_no_gpu_is_said(tmp_path, capsys):
-    flags = ["--plan", f"--model={config_only('32B', tmp_path)}", "--prompts=1", "--mini_batch=16", "--response_length=20480"]
-    assert not train_vapo.main([*flags, "--gpus=1"])["fits"]
-    assert "no flag is left; 65.5 GB are the copy that samples" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "flags, fragment",
     [
+        (["--model="], "give --model"),
         (["--gpus=0"], "--gpus must be at least 1"),
         (["--gpus=two"], "--gpus"),
-        (["--gpus=8", "--engine=vllm", "--tensor_parallel=3"], "the number of processes (torchrun), 8, is no multiple of it"),
+        (["--gpus=64"], "32 --prompts for 64 processes"),
+        (["--gpus=8", "--engine=vllm", "--tensor_parallel=3"], "and --gpus a multiple of it"),
+        (["--gpus=8", "--tensor_parallel=2"], "--tensor_parallel 2 is for --engine vllm"),
         (["--gpu_memory=0"], "--gpu_memory must be positive"),
         (["--gpu_tflops=-1"], "--gpu_tflops must be positive"),
         (["--gpu_bandwidth=0"], "--gpu_bandwidth must be positive"),
         (["--response_length=32768"], "has 32768 positions"),
         (["--model=nowhere"], "no model directory at nowhere"),
     ],
-)
+)  # fmt: skip
 def test_bad_plans(flags, fragment, tmp_path, capsys):
-    fails_with(capsys, train_vapo.main, ["--plan", f"--model={config_only('0.5B', tmp_path)}", *flags], fragment)
+    fails_with(capsys, plan.main, [f"--model={config_only('0.5B', tmp_path)}", *flags], fragment)
 
 
 def main():
     """The table of the README: planned and measured, one line a run of 4 × 256 tokens."""
     parts = ("weights", "gradients", "AdamW's moments", "activations", "most")
     print(f"| MB, planned / measured | {' | '.join(parts)} |\n|---|{'---|' * len(parts)}")
-    for name in ("20M", "26M"):
-        for dtype in ("float32", "bfloat16"):
-            for checkpointing in (False, True):
-                with tempfile.TemporaryDirectory() as folder:
-                    run = {"gradient_checkpointing": checkpointing, "response_length": 192, "micro_batch_tokens": 1024}
-                    settings = small_run(name, Path(folder), dtype=dtype, **run)
-                    planned, measured = planned_update(settings), measured_update(settings)
-                title = f"{name}, {dtype}{', checkpointing' * checkpointing}"
-                print(f"| {title} | {' | '.join(f'{planned[p] / 1e6:.1f} / {measured[p] / 1e6:.1f}' for p in parts)} |", flush=True)
+    for name, dtype, checkpointing in (
+        (name, dtype, checkpointing)
+        for name in ("20M", "26M")
+        for dtype in ("float32", "bfloat16")
+        for checkpointing in (False, True)
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            own = {"gradient_checkpointing": checkpointing, "response_length": 192}
+            asked = small_run(name, Path(folder), dtype, micro_batch_tokens=1024, **own)
+            planned, measured = planned_update(asked), measured_update(asked)
+        title = f"{name}, {dtype}{', checkpointing' * checkpointing}"
+        cells = (f"{planned[part] / 1e6:.1f} / {measured[part] / 1e6:.1f}" for part in parts)
+        print(f"| {title} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""What test_faults.py starts: a process that has imported everything, and forks one that runs a script for each line it reads.
+"""What test_faults.py starts: a process that has imported everything, and forks a run a line.
 
-A line is JSON: script, argv, log (a file), and what is to happen to it: `after` seconds, or `at` the n-th call of a function
-([module, function, n]), `what`: kill (SIGKILL), term (SIGTERM), int (Ctrl-C), twice (Ctrl-C two times) or full (no file may grow any more, as on a
-full disk).
-The answer is a line too: the exit status (negative: the signal that ended it) and the seconds it took.
+A line is JSON: script, argv, log (a file), and what is to happen to it: `after` seconds, or `at`
+the n-th call of a function ([module, function, n]), `what`: kill (SIGKILL), term (SIGTERM), int
+(Ctrl-C), twice (Ctrl-C two times) or full (no file may grow any more, as on a full disk). A
+function is replaced in the module where it is looked up. The answer is a line too: the exit status
+(negative: the signal that ended it) and the seconds it took.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -15,15 +17,16 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import torch
 
-import run
 import train_value
 import train_vapo
+from system import run
 
 SCRIPTS = {"train_vapo": train_vapo, "train_value": train_value}
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
 
 
 def strike(what):
@@ -35,15 +38,16 @@ def strike(what):
         run.STOP[1] -= 10
         os.kill(os.getpid(), signal.SIGINT)
     else:
-        os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}[what])
+        os.kill(os.getpid(), SIGNALS[what])
 
 
 def strike_at(module, name, number, what):
     """Has the n-th call of a function begin with the fault."""
     owner, calls = importlib.import_module(module), []
-    for part in name.split(".")[:-1]:
+    *path, name = name.split(".")
+    for part in path:
         owner = getattr(owner, part)
-    whole = getattr(owner, name.split(".")[-1])
+    whole = getattr(owner, name)
 
     def struck(*args, **kwargs):
         calls.append(1)
@@ -51,7 +55,7 @@ def strike_at(module, name, number, what):
             strike(what)
         return whole(*args, **kwargs)
 
-    setattr(owner, name.split(".")[-1], struck)
+    setattr(owner, name, struck)
 
 
 def child(task):
@@ -73,6 +77,7 @@ def child(task):
         os._exit(code)
 
 
+gc.freeze()  # what is imported stays: the runs' own gc.collect need not look at it
 print("ready", flush=True)
 for line in sys.stdin:
     task, started = json.loads(line), time.time()
@@ -85,7 +90,7 @@ for line in sys.stdin:
         if ended:
             status = os.waitstatus_to_exitcode(status_now)
         elif task.get("after") is not None and time.time() - started > task["after"]:
-            os.kill(pid, {"kill": signal.SIGKILL, "term": signal.SIGTERM}[task["what"]])
+            os.kill(pid, SIGNALS[task["what"]])
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         else:
             time.sleep(0.005)

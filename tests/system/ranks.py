@@ -1,61 +1,61 @@
-"""What test_distributed.py starts under torchrun: the gradients and columns of one mini-batch on this many processes.
+"""What test_distributed.py starts under torchrun: the gradients and columns of a mini-batch.
 
-    torchrun --nproc_per_node 2 tests/ranks.py DIRECTORY
+    torchrun --nproc_per_node 2 tests/system/ranks.py DIRECTORY
 
 DIRECTORY holds tasks.pt (a list of model, rows, settings); rank 0 writes result-N.pt.
 """
 
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-import distributed
-import logprobs
-import losses
-import model
-import ppo
+import table
+import train_value
 import train_vapo
-
-KERNELS = SimpleNamespace(
-    logprobs=(logprobs.add_slice, logprobs.slice_gradient), policy_loss=losses.policy_loss, value_loss=losses.value_loss
-)
+from system import distributed, learner, loading
 
 
 def result(task):
-    """Columns, metrics and whole gradients of policy and critic, of one mini-batch with the task's settings."""
-    settings = train_vapo.Settings(**task["settings"])
-    device = torch.device("cpu")
+    """Columns, metrics and whole gradients of policy and critic, of one mini-batch."""
+    settings, device = train_vapo.Settings(**task["settings"]), torch.device("cpu")
     torch.manual_seed(0)
-    policy, critic = model.load_policy(task["model"], device), model.load_critic(task["model"], device)
-    assert not distributed.rank() or {policy.device.type, critic.device.type} == {"meta"}  # rank 0 alone reads the weights
-    torch.nn.init.normal_(model.value_head(critic).weight, std=0.1)
-    policy, critic = (model.ready(network, device, settings) for network in (policy, critic))
+    policy = loading.load_policy(task["model"], device)
+    critic = loading.load_critic(task["model"], device)
+    if distributed.rank():  # rank 0 alone reads the weights
+        assert {policy.device.type, critic.device.type} == {"meta"}
+    torch.nn.init.normal_(loading.value_head(critic).weight, std=0.1)
+    networks = {"policy": policy, "critic": critic}
+    networks = {name: loading.shard(n, device, settings) for name, n in networks.items()}
+    policy, critic = networks.values()
     rows = dict(task["rows"])
-    ppo.old_logprobs_and_values(policy, critic, rows, settings, KERNELS)
-    rows["old_logp_BT"] = rows["old_logp_BT"] - 0.3 * rows["reward_B"][:, None]  # some ratios are clipped
-    ppo.compute_advantages(rows, settings)
-    networks, gradients = {"policy": policy, "critic": critic}, {}
-    metrics = ppo.backward(policy, critic, ppo.add_weights(dict(rows), settings), settings, KERNELS)
+    train_vapo.score(policy, critic, rows, settings)
+    # some ratios are clipped
+    rows["old_logp_BT"] = rows["old_logp_BT"] - 0.3 * rows["reward_B"][:, None]
+    train_vapo.advantages(rows, settings)
+    batch = dict(rows)
+    train_vapo.weights(batch, settings)
+    sums = {"value_loss": train_value.value_gradients(critic, batch, settings)}
+    sums |= train_vapo.policy_gradients(policy, batch, settings)
+    metrics, gradients = table.mini_batch_metrics(distributed.add_numbers(sums), batch), {}
     for name, network in networks.items():
-        gradients |= {f"{name}.{key}": distributed.whole(p.grad).clone() for key, p in network.named_parameters()}
-        metrics[f"{name}_norm"] = distributed.clip_gradients(network.parameters(), 1.0)
+        for key, parameter in network.named_parameters():
+            gradients[f"{name}.{key}"] = distributed.unsharded(parameter.grad).clone()
+        clipped = SimpleNamespace(network=network, max_grad_norm=1.0)
+        metrics[f"{name}_norm"] = learner.clip_gradients(clipped)
     return {"rows": rows, "metrics": metrics, "gradients": gradients}
 
 
 if __name__ == "__main__":
-    distributed.start(5.0)
+    distributed.start()
     directory = Path(sys.argv[1])
     with distributed.rank_0_first():
-        if not (directory / "built").exists():  # as toy.build, which the scripts call so: the others never come here
-            with distributed.rank_0_first():
+        if not (directory / "built").exists():  # as toy.build, which the scripts call so
+            with distributed.rank_0_first():  # the others never come here
                 (directory / "built").write_text(f"by rank {distributed.rank()}")
     answer = [result(task) for task in torch.load(directory / "tasks.pt")]
     if not distributed.rank():
         torch.save(answer, directory / f"result-{distributed.world()}.pt")
-    distributed.GRACE = 0.001  # a heart that beats without a pause must not be in the way of a good end
-    time.sleep(2.5)

@@ -1,4 +1,5 @@
-"""Runs that are killed, stopped, run out of disk or meet a NaN: nothing is lost, nothing is silently changed."""
+"""Runs that are killed, stopped, run out of disk or meet a NaN: nothing is lost, nothing is
+silently changed."""
 
 import json
 import random
@@ -10,16 +11,25 @@ from pathlib import Path
 import pytest
 import torch
 from test_bad_input import fails_with
-from test_vapo import SMALL, metrics_of, vapo_run, without_clock
+from test_vapo import FAST, SMALL, metrics_of, rest_of, vapo_run, without_clock
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import checkpoint
 import losses
-import run as run_file
 import train_vapo
+from system import checkpoint, run as run_file
 
 if sys.platform == "win32":
     pytest.skip("needs fork and signals", allow_module_level=True)
+
+
+def always(count, *cases):
+    """Parameters of which all but the first `count` need --all."""
+    marks = [() if i < count else pytest.mark.slow for i in range(len(cases))]
+    return [pytest.param(*case, marks=mark) for case, mark in zip(cases, marks)]
+
+
+def name_of(at):
+    return f"{at[0]}.{at[1]}-{at[2]}" if isinstance(at, tuple) else None
 
 
 class Forks:
@@ -27,7 +37,8 @@ class Forks:
 
     def __init__(self):
         command = [sys.executable, str(Path(__file__).parent / "forks.py")]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, **pipes, text=True)
         assert self.process.stdout.readline() == "ready\n"
 
     def __call__(self, argv, log, script="train_vapo", **fault):
@@ -45,12 +56,16 @@ def forks():
 
 
 def flags_of(world, out):
-    return [f"@{world}/train_vapo.args", *SMALL, "--save_every=1", "--steps=4", "--pretrain_passes=3", f"--out={out}"]
+    """Three passes of three steps, the second the best; then four rollouts of three steps."""
+    pretraining = ["--pretrain_passes=3", "--pretrain_answers=192", "--pretrain_lr=1e-2"]
+    args = [f"@{world}/train_vapo.args", *SMALL, *pretraining]
+    return [*args, "--save_every=1", "--steps=4", f"--out={out}"]
 
 
 def remains(out):
     """What a run leaves behind that must not depend on its fate."""
-    weights = [(out / name / "model.safetensors").read_bytes() for name in ("policy", "critic", "value/critic")]
+    networks = ("policy", "critic", "value/critic")
+    weights = [(out / name / "model.safetensors").read_bytes() for name in networks]
     return weights, without_clock(metrics_of(out)), without_clock(metrics_of(out / "value"))
 
 
@@ -58,128 +73,214 @@ def remains(out):
 def undisturbed(world, forks, tmp_path_factory):
     """(what remains of it, how long it took) of a run that nothing happened to."""
     out = tmp_path_factory.mktemp("faults") / "run"
-    ended = forks(flags_of(world, out), out.with_suffix(".log"))
-    assert ended["status"] == 0, out.with_suffix(".log").read_text()[-2000:]
+    log = out.with_suffix(".log")
+    ended = forks(flags_of(world, out), log)
+    assert ended["status"] == 0, log.read_text()[-2000:]
     assert [line["step"] for line in metrics_of(out)] == [0, 1, 2, 3, 4]
+    losses = [line.get("value_loss") for line in metrics_of(out / "value")]
+    assert len(losses) == 10 and losses[6] == min(filter(None, losses))
     return remains(out), ended["seconds"]
 
 
-def go_on(world, forks, out, log):
-    """Resumes a run, or starts it again where there is nothing to resume; returns what remains of it."""
-    argv = [f"--resume={out}"] if (out / "config.json").exists() else flags_of(world, out)
-    assert forks(argv, log)["status"] == 0, log.read_text()[-2000:]
-    return remains(out)
+@pytest.fixture
+def run(world, forks, undisturbed, tmp_path):
+    """run(**fault): starts the run; see Run."""
+    return Run(world, forks, undisturbed[0], tmp_path)
 
 
-def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(world, forks, undisturbed, tmp_path, request):
-    expected, seconds = undisturbed
+class Run:
+    """The run with a fault in it, and how it goes on."""
+
+    def __init__(self, world, forks, expected, folder):
+        self.world, self.forks, self.expected = world, forks, expected
+        self.out, self.log = folder / "run", folder / "log"
+
+    def __call__(self, **fault):
+        """Returns: its exit status."""
+        return self.forks(flags_of(self.world, self.out), self.log, **fault)["status"]
+
+    def resume(self, **fault):
+        return self.forks([f"--resume={self.out}"], self.log, **fault)["status"]
+
+    def said(self):
+        return self.log.read_text()
+
+    def goes_on_as_if_nothing_had_happened(self):
+        """Resumes it, or starts it again where there is nothing to resume."""
+        status = self.resume() if (self.out / "config.json").exists() else self()
+        assert status == 0, self.said()[-2000:]
+        return remains(self.out) == self.expected
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(run, undisturbed, request):
+    kills = request.config.getoption("--kills")
+    kills = (20 if request.config.getoption("--all") else 3) if kills is None else kills
     moments, struck = random.Random(0), 0
-    for number in range(request.config.getoption("--kills")):
-        out, log = tmp_path / f"run{number}", tmp_path / f"run{number}.log"
-        struck += forks(flags_of(world, out), log, after=moments.uniform(0.1, 0.95) * seconds, what="kill")["status"] == -9
-        assert go_on(world, forks, out, log) == expected, number
-        shutil.rmtree(out)
+    for number in range(kills):
+        after = moments.uniform(0.1, 0.95) * undisturbed[1]
+        struck += run(after=after, what="kill") == -9
+        assert run.goes_on_as_if_nothing_had_happened(), number
+        shutil.rmtree(run.out)
     assert struck > number / 2
 
 
 @pytest.mark.parametrize(
     "at",
-    [
-        ("rollout", "sample", 5), ("ppo", "backward", 5), ("train_value", "objective_columns", 5), ("checkpoint", "checksum", 8),
-        ("checkpoint", "write", 6), ("checkpoint", "dcp.save", 6), ("checkpoint", "write_json", 5), ("checkpoint", "saved", 7),
-        ("checkpoint", "export", 2), ("checkpoint", "export", 3),
-    ],
-    ids=lambda at: f"{at[0]}.{at[1]}-{at[2]}",
-)  # fmt: skip
-def test_a_run_killed_in_the_middle_of_anything_ends_as_if_it_had_not_been(world, forks, undisturbed, tmp_path, at):
-    out, log = tmp_path / "run", tmp_path / "log"
-    assert forks(flags_of(world, out), log, at=at, what="kill")["status"] == -9
-    assert go_on(world, forks, out, log) == undisturbed[0]
-    assert not list((out / "checkpoint").glob("*.tmp")) and len(checkpoint.saved(out)) == 2
+    always(
+        4,
+        [("train_value", "value_gradients", 5)],  # the second pass, its second step
+        [("train_vapo", "policy_gradients", 5)],
+        [("system.checkpoint", "export", 3)],  # the best critic replaces one
+        [("system.checkpoint", "dcp.save", 7)],  # from here on step 2, or just before it
+        [("system.checkpoint", "write", 8)],
+        [("system.checkpoint", "checksum", 20)],
+        [("system.checkpoint", "write_json", 7)],
+        [("pathlib", "Path.rename", 10)],  # it gets its name
+        [("pathlib", "Path.rename", 11)],  # an old one loses its own
+        [("rollout", "next_problems", 3)],
+        [("system.run", "Log.close", 1)],  # pretraining is done, its critic has no name yet
+        [("system.checkpoint", "remove", 1)],  # it has
+        [("system.checkpoint", "export", 4)],  # the policy, then the critic
+        [("system.checkpoint", "export", 5)],
+    ),
+    ids=name_of,
+)
+def test_a_run_killed_in_the_middle_of_anything_ends_as_if_it_had_not_been(run, at):
+    assert run(at=at, what="kill") == -9, run.said()
+    assert run.goes_on_as_if_nothing_had_happened()
+    assert not list((run.out / "checkpoint").glob("*.tmp"))
+    assert len(checkpoint.saved(run.out)) == 2
 
 
 @pytest.mark.parametrize(
-    "at", [("model", "ready", 1), ("rollout", "sample", 1), ("train_value", "objective_columns", 5), ("model", "ready", 3),
-           ("rollout", "sample", 3), ("ppo", "backward", 5)]
+    "what, number, at",
+    always(
+        4,
+        ("term", 15, ("train_value", "value_gradients", 5)),
+        ("int", 2, ("train_vapo", "policy_gradients", 5)),
+        ("term", 15, ("system.loading", "shard", 1)),
+        ("term", 15, ("rollout", "next_problems", 2)),
+        ("term", 15, ("rollout", "sample", 1)),
+        ("term", 15, ("system.loading", "shard", 3)),
+        ("term", 15, ("train_vapo", "policy_gradients", 5)),
+        ("int", 2, ("train_value", "value_gradients", 5)),
+        ("int", 2, ("system.loading", "shard", 1)),
+        ("int", 2, ("rollout", "next_problems", 2)),
+        ("int", 2, ("rollout", "sample", 1)),
+        ("int", 2, ("system.loading", "shard", 3)),
+    ),
+    ids=name_of,
+)
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(run, what, number, at):
+    assert run(at=at, what=what) == 128 + number
+    assert f"stopped by SIG{what.upper()}: " in run.said() and "--resume" in run.said()
+    metrics = run.out / "metrics.jsonl"
+    steps = len(metrics_of(run.out)) if metrics.exists() else 0
+    assert at[0] != "system.loading" or steps == 0  # neither an evaluation nor a rollout is begun
+    if at[1] == "value_gradients":
+        assert "pass 2 of it begins again" in run.said()
+    # what it saved is enough: it repeats no step of the run
+    assert run.resume(at=("train_vapo", "policy_gradients", 1), what="kill") == -9
+    assert steps == 0 or len(metrics_of(run.out)) == steps
+    assert run.goes_on_as_if_nothing_had_happened()
+
+
+def test_a_signal_while_pretraining_answers_are_sampled_keeps_them_and_fits_nothing(run):
+    assert run(at=("rollout", "sample", 1), what="term") == 128 + 15
+    value = run.out / "value"
+    assert (value / "answers.pt").exists() and not (value / "metrics.jsonl").exists()
+
+
+WRITE_DATA = ("torch.distributed.checkpoint.filesystem", "FileSystemWriter.write_data", 7)
+
+
+@pytest.mark.parametrize(
+    "at", always(1, [WRITE_DATA], [("rollout", "next_problems", 3)]), ids=name_of
+)
+def test_ctrl_c_twice_stops_at_once_even_in_a_save(run, at):
+    assert run(at=at, what="twice") == 128 + 2
+    assert "SIGINT: finishing this step" in run.said() and "stopped at once" in run.said()
+    assert run.goes_on_as_if_nothing_had_happened()
+
+
+@pytest.mark.parametrize(
+    "at",
+    always(
+        1,
+        [("system.checkpoint", "export", 2)],
+        [("system.checkpoint", "write", 1)],
+        [("system.checkpoint", "export", 1)],
+        [("system.checkpoint", "export", 4)],
+    ),
+    ids=name_of,
+)
+def test_a_full_disk_elsewhere_is_one_line_and_leaves_nothing_half_written(run, at):
+    assert run(at=at, what="full") == 2, run.said()
+    (error,) = (line for line in run.said().splitlines() if "error: " in line)
+    assert "File too large" in error
+    assert not list(run.out.rglob("*.tmp"))
+    assert run.goes_on_as_if_nothing_had_happened()
+
+
+# Four saves of value pretraining come first.
+@pytest.mark.parametrize(
+    "number, saved", always(1, (8, ["step-000002", "step-000001"]), (6, ["step-000000"]))
+)
+def test_a_full_disk_leaves_the_checkpoints_before_whole(run, number, saved):
+    assert run(at=("system.checkpoint", "save", number), what="full") == 2
+    for words in ("error: cannot write the checkpoint", "File too large", "make room"):
+        assert words in run.said()
+    kept = checkpoint.saved(run.out)
+    assert [path.name for path in kept] == saved
+    assert not list((run.out / "checkpoint").glob("*.tmp"))
+    assert not any(checkpoint.damage(path) for path in kept)
+    assert run.goes_on_as_if_nothing_had_happened()
+
+
+@pytest.mark.parametrize(
+    "name, how",
+    always(
+        3,
+        ("rest.pt", "shorter"), ("checksums.json", "changed"), ("__0_0.distcp", "changed"),
+        ("rest.pt", "changed"), ("rest.pt", "gone"), ("checksums.json", "shorter"),
+        ("checksums.json", "gone"), ("__0_0.distcp", "shorter"), ("__0_0.distcp", "gone"),
+        (".metadata", "shorter"), (".metadata", "changed"), (".metadata", "gone"),
+    ),
 )  # fmt: skip
-@pytest.mark.parametrize("what, number", [("term", 15), ("int", 2)])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(world, forks, undisturbed, tmp_path, at, what, number):
-    out, log = tmp_path / "run", tmp_path / "log"
-    assert forks(flags_of(world, out), log, at=at, what=what)["status"] == 128 + number
-    assert f"stopped by SIG{what.upper()}: " in log.read_text() and "--resume" in log.read_text()
-    steps = len(metrics_of(out)) if (out / "metrics.jsonl").exists() else 0
-    assert at[0] != "model" or steps == 0  # neither an evaluation nor a rollout is begun
-    ended = forks([f"--resume={out}"], log, at=("ppo", "backward", 1), what="kill")  # what it saved is enough: it repeats no step
-    assert ended["status"] == -9 and (steps == 0 or len(metrics_of(out)) == steps)
-    assert go_on(world, forks, out, log) == undisturbed[0]
-
-
-def test_a_signal_while_pretraining_answers_are_sampled_keeps_them_and_fits_nothing(world, forks, undisturbed, tmp_path):
-    out, log = tmp_path / "run", tmp_path / "log"
-    assert forks(flags_of(world, out), log, at=("rollout", "sample", 1), what="term")["status"] == 128 + 15
-    assert (out / "value" / "answers.pt").exists() and not (out / "value" / "metrics.jsonl").exists()
-
-
-@pytest.mark.parametrize("at", [("rollout", "sample", 4), ("torch.distributed.checkpoint.filesystem", "FileSystemWriter.write_data", 6)])
-def test_ctrl_c_twice_stops_at_once_even_in_a_save(world, forks, undisturbed, tmp_path, at):
-    out, log = tmp_path / "run", tmp_path / "log"
-    assert forks(flags_of(world, out), log, at=at, what="twice")["status"] == 128 + 2
-    assert "SIGINT: finishing this step" in log.read_text() and "stopped at once" in log.read_text()
-    assert go_on(world, forks, out, log) == undisturbed[0]
-
-
-@pytest.mark.parametrize("at", [("checkpoint", "write", 1), ("checkpoint", "export", 1), ("checkpoint", "export", 2)])
-def test_a_full_disk_elsewhere_is_one_line_and_leaves_nothing_half_written(world, forks, undisturbed, tmp_path, at):
-    out, log = tmp_path / "run", tmp_path / "log"
-    ended = forks(flags_of(world, out), log, at=at, what="full")
-    assert ended["status"] == 2, log.read_text()
-    assert len([line for line in log.read_text().splitlines() if line.startswith("error: ") and "File too large" in line]) == 1
-    assert not list(out.rglob("*.tmp"))
-    assert go_on(world, forks, out, log) == undisturbed[0]
-
-
-@pytest.mark.parametrize("other, last", [({"hidden_size": 64}, 1), ({"num_hidden_layers": 1}, 1), ({"num_hidden_layers": 1}, 0)])
-def test_another_model_in_place_of_the_runs_own_is_refused(world, tmp_path, capsys, other, last):
-    base = shutil.copytree(world / "base", tmp_path / "base")
-    config = AutoConfig.from_pretrained(base, num_hidden_layers=2)
-    AutoModelForCausalLM.from_config(config).save_pretrained(base)
-    vapo_run(world, tmp_path / "run", "--steps=1", "--no_value_pretraining", f"--model={base}")
-    if last == 0:  # where the optimisers have no moments yet
-        shutil.rmtree(tmp_path / "run" / "checkpoint" / "step-000001")
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, **other)).save_pretrained(base)
-    fails_with(capsys, train_vapo.main, [f"--resume={tmp_path}/run", "--steps=2"], "does not fit", "is --model still the model")
-
-
-@pytest.mark.parametrize("number, saved", [(5, ["step-000000"]), (7, ["step-000002", "step-000001"])])
-def test_a_full_disk_leaves_the_checkpoints_before_whole(world, forks, undisturbed, tmp_path, number, saved):
-    out, log = tmp_path / "run", tmp_path / "log"
-    ended = forks(flags_of(world, out), log, at=("checkpoint", "save", number), what="full")  # three of value pretraining come first
-    text = log.read_text()
-    assert ended["status"] == 2 and "error: cannot write the checkpoint" in text and "File too large" in text and "make room" in text
-    assert [path.name for path in checkpoint.saved(out)] == saved and not list((out / "checkpoint").glob("*.tmp"))
-    assert not any(checkpoint.damage(path) for path in checkpoint.saved(out))
-    assert go_on(world, forks, out, log) == undisturbed[0]
-
-
-@pytest.mark.parametrize("name", ["rest.pt", "whole.json", "__0_0.distcp", ".metadata"])
-@pytest.mark.parametrize("how", ["shorter", "changed", "gone"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(world, forks, undisturbed, tmp_path, name, how):
-    out, log = tmp_path / "run", tmp_path / "log"
-    if name != "rest.pt" and how == "gone":
-        pytest.skip("as rest.pt")
-    forks(flags_of(world, out), log, at=("rollout", "sample", 4), what="kill")  # in the third rollout
-    path = checkpoint.saved(out)[0] / name
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(run, name, how):
+    assert run(at=("rollout", "next_problems", 3), what="kill") == -9
+    path = checkpoint.saved(run.out)[0] / name
     whole = path.read_bytes()
+    half = len(whole) // 2
     if how == "gone":
         path.unlink()
+    elif how == "shorter":
+        path.write_bytes(whole[:-3])
     else:
-        path.write_bytes(
-            whole[:-3]
-            if how == "shorter"
-            else whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :]
-        )
-    assert go_on(world, forks, out, log) == undisturbed[0]
-    assert f"the checkpoint {path.parent} is damaged" in log.read_text() and path.parent.name in ("step-000002", "step-000001")
+        path.write_bytes(whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :])
+    assert run.goes_on_as_if_nothing_had_happened()
+    assert f"the checkpoint {path.parent} is damaged" in run.said()
+    assert path.parent.name == "step-000002"
+
+
+@pytest.mark.parametrize(
+    "other, last",
+    [({"hidden_size": 64}, 1), ({"num_hidden_layers": 1}, 1), ({"num_hidden_layers": 1}, 0)],
+)
+def test_another_model_in_place_of_the_runs_own_is_refused(world, tmp_path, capsys, other, last):
+    base, out = shutil.copytree(world / "base", tmp_path / "base"), tmp_path / "run"
+
+    def replace_by(**sizes):
+        config = AutoConfig.from_pretrained(base, **sizes)
+        AutoModelForCausalLM.from_config(config).save_pretrained(base)
+
+    replace_by(num_hidden_layers=2)
+    vapo_run(world, out, *FAST, f"--model={base}")
+    if last == 0:  # where the optimisers have no moments yet
+        shutil.rmtree(out / "checkpoint" / "step-000001")
+    replace_by(**other)
+    said = ("does not fit", "is --model still the model")
+    fails_with(capsys, train_vapo.main, [f"--resume={out}", "--steps=2"], *said)
 
 
 def nan_at(monkeypatch, calls):
@@ -194,26 +295,32 @@ def nan_at(monkeypatch, calls):
 
 
 def test_a_step_that_is_not_finite_is_skipped_counted_and_kept(world, tmp_path, monkeypatch):
-    flags = ["--no_value_pretraining", "--steps=2", "--mini_batch=8", "--micro_batch_tokens=10000"]  # three steps a rollout
     nan_at(monkeypatch, {2})
-    vapo_run(world, tmp_path, *flags)
-    lines = metrics_of(tmp_path)
-    assert [line["bad_steps"] for line in lines[1:]] == [1, 0]
-    assert all(line[name] is not None for line in lines[1:] for name in ("policy_loss", "policy_grad_norm", "critic_grad_norm"))
+    three_steps = ["--mini_batch=8", "--micro_batch_tokens=10000"]
+    vapo_run(world, tmp_path, *FAST, "--steps=2", *three_steps)
+    lines = metrics_of(tmp_path)[1:]
+    assert [line["bad_steps"] for line in lines] == [1, 0]
+    for name in ("policy_loss", "policy_grad_norm", "critic_grad_norm"):
+        assert all(line[name] is not None for line in lines)
     (kept,) = (tmp_path / "bad_batches").iterdir()
     stored = torch.load(kept, weights_only=True)
-    assert kept.name == "step-000001-1.pt" and len(stored["batch"]["length_B"]) == 8 and "adv_BT" in stored["batch"]
+    assert kept.name == "step-000001-1.pt"
+    assert len(stored["batch"]["length_B"]) == 8 and "adv_BT" in stored["batch"]
     assert stored["metrics"]["policy_loss"] != stored["metrics"]["policy_loss"]  # NaN
-    directory, rest = checkpoint.load(tmp_path)
-    assert rest["policy_scheduler"]["last_epoch"] == 5  # of six
+    assert rest_of(tmp_path)["policy_scheduler"]["last_epoch"] == 5  # of six
 
 
-def test_a_run_of_nothing_but_nan_stops_and_says_where_to_look(world, tmp_path, monkeypatch, capsys):
+def test_a_run_of_nothing_but_nan_stops_and_says_where_to_look(
+    world, tmp_path, monkeypatch, capsys
+):
     nan_at(monkeypatch, range(1, 1000))
-    argv = [f"@{world}/train_vapo.args", *SMALL, "--no_value_pretraining", "--steps=9", "--max_bad_steps=4", f"--out={tmp_path}/run"]
-    fails_with(capsys, train_vapo.main, argv, "4 optimiser steps in a row were not finite (policy_loss, policy_grad_norm)", "bad_batches")
-    assert len(list((tmp_path / "run" / "bad_batches").iterdir())) == 4
-    assert checkpoint.load(tmp_path / "run")[1]["step"] == 0
+    monkeypatch.setattr(checkpoint, "MAX_BAD_STEPS", 4)
+    out = tmp_path / "run"
+    argv = [f"@{world}/train_vapo.args", *SMALL, *FAST, "--steps=9", f"--out={out}"]
+    said = "4 optimiser steps in a row were not finite (policy_loss, policy_grad_norm)"
+    fails_with(capsys, train_vapo.main, argv, said, "bad_batches")
+    assert len(list((out / "bad_batches").iterdir())) == 4
+    assert rest_of(out)["progress"]["step"] == 0
 
 
 def test_a_lost_log_is_not_a_lost_run(world, tmp_path, capsys):
@@ -225,7 +332,9 @@ def test_a_lost_log_is_not_a_lost_run(world, tmp_path, capsys):
         log.metrics(step, {"loss": 1.0})
         log.samples(step, [{"text": ""}])
     assert capsys.readouterr().err.count("warning: cannot write the log") == 1
-    vapo_run(world, tmp_path / "other", "--steps=1", "--no_value_pretraining")
-    (tmp_path / "other" / "metrics.jsonl").unlink(), shutil.rmtree(tmp_path / "other" / "tb")
-    train_vapo.main([f"--resume={tmp_path}/other", "--steps=2"])
-    assert [line["step"] for line in metrics_of(tmp_path / "other")] == [2]
+    other = tmp_path / "other"
+    vapo_run(world, other, *FAST)
+    (other / "metrics.jsonl").unlink()
+    shutil.rmtree(other / "tb")
+    train_vapo.main([f"--resume={other}", "--steps=2"])
+    assert [line["step"] for line in metrics_of(other)] == [2]

@@ -1,4 +1,4 @@
-"""vllm_engine.py, where vLLM is installed; on a CPU that is an environment of its own (see the module)."""
+"""vllm_engine.py, where vLLM is installed; on a CPU that is an environment of its own."""
 
 import importlib.util
 import json
@@ -8,24 +8,28 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_bad_input import fails_with
-from test_distributed import FLAGS, ROOT, torchrun
+from test_distributed import torchrun, vapo_flags
 from test_rollout import deviation
-from test_vapo import metrics_of, vapo_run
+from test_vapo import FAST, asked, metrics_of, vapo_run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import model
-import problems as problem_files
 import rollout
 import table
 import train_vapo
+from system import loading
 
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+is_there = importlib.util.find_spec("vllm") is not None
+needs_vllm = pytest.mark.skipif(not is_there, reason="vLLM is not installed")
 LENGTH = {"prompt_length": 300, "response_length": 24}
+FLAGS = ["--engine=vllm", "--sample_rows=256", "--dtype=float32",
+         *(f"--{name}={value}" for name, value in LENGTH.items())]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def base(world, tmp_path_factory):
-    """The world's base model, with room for prompts that fill a block of vLLM's prefix cache; a directory."""
+    """The world's base model, with room for prompts that fill a block of vLLM's prefix cache; a
+    directory."""
     base = shutil.copytree(world / "base", tmp_path_factory.mktemp("vllm") / "base")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
@@ -34,74 +38,79 @@ def base(world, tmp_path_factory):
 
 @pytest.fixture
 def sampler(base):
-    """(engine, the policy that it samples from, tokenizer); the engine is the process's only one."""
-    import vllm_engine
+    """(engine, the policy that it samples from, tokenizer); a process has one engine."""
+    from system import vllm_engine
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policy = model.load_policy(base, device, "float32")
-    settings = SimpleNamespace(model=base, sample_rows=256, seed=0, vllm_memory=0.2, tensor_parallel=1, **LENGTH)
-    return vllm_engine.engine(settings, policy), policy, model.load_tokenizer(base)
-
-
-def asked(world, tokenizer, count):
-    problems = problem_files.load_problems(world / "train.jsonl")[:count]
-    problem_files.encode_prompts(problems, tokenizer, "{problem}:", 8)
-    return problems
+    policy = loading.load_policy(base, device, "float32")
+    own = {"model": base, "sample_rows": 256, "seed": 0, "vllm_memory": 0.2, "tensor_parallel": 1}
+    settings = SimpleNamespace(**own, **LENGTH)
+    return vllm_engine.engine(settings, policy), policy, loading.load_tokenizer(base)
 
 
 @needs_vllm
 def test_vllm_draws_from_the_distribution_of_the_model(world, sampler):
     engine, policy, tokenizer = sampler
-    problems = asked(world, tokenizer, 1)
-    rows = rollout.sample(engine, tokenizer, problems, 3_000, 2, 1.0, torch.Generator().manual_seed(0), engine="vllm")
+    problems, source = asked(world, tokenizer, 1), torch.Generator().manual_seed(0)
+    rows = rollout.sample(engine, tokenizer, problems, 3_000, 2, 1.0, source, engine="vllm")
     assert deviation(rows, policy, tokenizer, problems[0]["prompt"]) < 5
 
 
 @needs_vllm
-def test_vllm_is_reproducible_and_has_the_weights_and_log_probs_of_training_after_every_update(world, sampler):
+def test_vllm_is_reproducible_and_has_the_weights_and_log_probs_of_training_after_every_update(
+    world, sampler
+):
     engine, policy, tokenizer = sampler
     for temperature in (1.0, 0.6):
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-        rollout.refresh(engine, policy)
+        loading.update_sampler(engine, policy)
         problems = asked(world, tokenizer, 12)
-        problems[0]["prompt"] = problems[0]["prompt"][:3] * 95  # fills a block of the prefix cache, or two
+        # fills a block of the prefix cache, or two
+        problems[0]["prompt"] = problems[0]["prompt"][:3] * 95
         common = (engine, tokenizer, problems, 4, 24, temperature)
-        rows, again = (rollout.sample(*common, torch.Generator().manual_seed(1), engine="vllm") for _ in range(2))
-        assert torch.equal(rows["token_BL"], again["token_BL"]) and len(rows["length_B"].unique()) > 3
+        sources = [torch.Generator().manual_seed(1) for _ in range(2)]
+        rows, again = (rollout.sample(*common, source, engine="vllm") for source in sources)
+        assert torch.equal(rows["token_BL"], again["token_BL"])
+        assert len(rows["length_B"].unique()) > 3
         logp_BT, _ = model.policy_logprobs(policy, rows, temperature)
         on_BT = table.response_mask(rows).bool()
-        torch.testing.assert_close(logp_BT[on_BT], rows["sampled_logp_BT"][on_BT], rtol=0, atol=1e-4)
+        pair = logp_BT[on_BT], rows["sampled_logp_BT"][on_BT]
+        torch.testing.assert_close(*pair, rtol=0, atol=1e-4)
 
 
 @needs_vllm
 def test_a_run_samples_with_vllm_and_corrects_for_it(world, base, tmp_path):
-    lengths = [f"--model={base}"] + [f"--{name}={value}" for name, value in LENGTH.items()]
-    vapo_run(world, tmp_path, "--steps=3", "--engine=vllm", "--sample_rows=256", "--dtype=float32", *lengths)
+    vapo_run(world, tmp_path, "--steps=3", f"--model={base}", *FLAGS)
     lines = metrics_of(tmp_path)[1:]
-    assert len(lines) == 3 and all(line["sampler_gap"] < 1e-5 and abs(line["importance"] - 1) < 1e-5 for line in lines)
-    assert json.loads((tmp_path / "config.json").read_text())["settings"].count("--engine=vllm") == 1
+    assert len(lines) == 3
+    for line in lines:
+        assert line["sampler_gap"] < 1e-5 and abs(line["importance"] - 1) < 1e-5
+    assert json.loads((tmp_path / "config.json").read_text())["settings"]["engine"] == "vllm"
 
 
 @needs_vllm
 @pytest.mark.parametrize("together", [1, 2])
 def test_several_processes_sample_with_vllm_each_or_as_one(world, base, tmp_path, together):
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(base, hidden_size=64, num_attention_heads=2, num_key_value_heads=2, initializer_range=0.3)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")  # two heads, one for each process
-    model.load_tokenizer(base).save_pretrained(tmp_path / "base")
-    lengths = [f"--model={tmp_path}/base"] + [f"--{name}={value}" for name, value in LENGTH.items()]
-    learns = ["--no_value_pretraining", "--reward_wrong=1", "--reward_correct=2", "--lr=1e-2"]  # the policy moves, and vLLM must follow
-    flags = ["--steps=3", "--engine=vllm", *learns, f"--tensor_parallel={together}", "--dtype=float32", f"--out={tmp_path}/run", *lengths]
-    done = torchrun(2, ROOT / "train_vapo.py", f"@{world}/train_vapo.args", *FLAGS, *flags)
-    assert done.returncode == 0, done.stderr[-3000:]
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}  # one for each process
+    config = AutoConfig.from_pretrained(base, hidden_size=64, initializer_range=0.3, **heads)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    loading.load_tokenizer(base).save_pretrained(tmp_path / "base")
+    # the policy moves, and vLLM must follow
+    learns = [*FAST, "--steps=3", "--reward_wrong=1", "--reward_correct=2", "--lr=1e-2"]
+    flags = [*learns, *FLAGS, f"--model={tmp_path}/base", f"--tensor_parallel={together}"]
+    torchrun(2, *vapo_flags(world, tmp_path / "run", *flags))
     lines = metrics_of(tmp_path / "run")[1:]
-    assert len(lines) == 3 and all(line["sampler_gap"] < 1e-5 and line["ratio_max"] > 1.1 for line in lines)
-    assert all(line["length_max"] > line["length"] > 1 for line in lines)
+    assert len(lines) == 3
+    for line in lines:
+        assert line["sampler_gap"] < 1e-5 and line["ratio_max"] > 1.1
+        assert line["length_max"] > line["length"] > 1
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+@pytest.mark.skipif(is_there, reason="vLLM is installed")
 def test_without_vllm_one_line_says_what_to_install(world, tmp_path, capsys):
-    argv = [f"@{world}/train_vapo.args", "--engine=vllm", f"--out={tmp_path}/run", "--pretrain_answers=16"]
+    small = ["--engine=vllm", f"--out={tmp_path}/run", "--pretrain_answers=16"]
+    argv = [f"@{world}/train_vapo.args", *small]
     fails_with(capsys, train_vapo.main, argv, "--engine vllm needs the package vllm")

@@ -1,0 +1,28 @@
+"""Numbers of a rollout's optimiser steps: summed over micro-batches, averaged over steps."""
+
+import torch
+
+
+def add(sums, found, micro):
+    """Adds a micro-batch's numbers (scalar tensors), and its size; of names in _max, the larger."""
+    size = torch.tensor(micro["token_BL"].numel())
+    for name, value in (found | {"padded_tokens": size}).items():
+        before, value = sums.get(name, 0.0), value.item()
+        sums[name] = max(before, value) if name.endswith("_max") else before + value
+
+
+def means(updates):
+    """Means over a rollout's optimiser steps; of those skipped only where all were."""
+    good = [update for update in updates if not update["bad_steps"]] or updates
+    mean = {name: sum(update[name] for update in good) / len(good) for name in updates[0]}
+    largest = max(update["ratio_max"] for update in good)
+    return mean | {"ratio_max": largest, "bad_steps": sum(u["bad_steps"] for u in updates)}
+
+
+def speeds(seconds, rows):
+    """Where the time of a rollout went, and response tokens a second."""
+    tokens = int(rows["length_B"].sum())
+    return {f"seconds_{name}": taken for name, taken in seconds.items()} | {
+        "sample_tokens_per_second": tokens / seconds["sample"],
+        "train_tokens_per_second": tokens / seconds["update"],
+    }
