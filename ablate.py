@@ -1,7 +1,6 @@
 """The evidence: VAPO, VAPO without each of its seven pieces, and its rivals, over several seeds.
 
     python ablate.py                                # all rows, 5 seeds; stopped, it goes on
-    python ablate.py --rows vapo dapo --seeds 0     # some of them
     python ablate.py --rows added alpha             # PPO with one piece each; a sweep of α
     python ablate.py --rows tuning --seeds 100 101  # how the learning rates were chosen
     python ablate.py --out runs/again/results --runs runs/again   # from nothing
@@ -45,10 +44,6 @@ QUICK_VALUE = {"answers": 128, "short_passes": 0, "passes": 1}
 LEARNING_RATES = {"vapo": 2e-4, "vc_ppo": 1e-4, "ppo": 2e-4, "grpo": 2e-4, "dapo": 2e-4}
 TRIED = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)  # the outer two only for whom the best was next to them
 
-# AIME 2024, avg@32, of Qwen2.5-32B (arXiv 2504.05118, table 1).
-PAPER = {"vapo": 60, "no_value_pretraining": 11, "no_decoupled_gae": 33,
-         "no_length_adaptive_gae": 45, "no_clip_higher": 46, "no_token_level_loss": 53,
-         "no_positive_nll": 54, "no_group_sampling": 55, "ppo": 5, "dapo": 50}
 PIECES = {"value_pretraining": "value pretraining", "decoupled_gae": "decoupled GAE",
           "length_adaptive_gae": "length-adaptive GAE", "clip_higher": "clip-higher",
           "token_level_loss": "token-level loss", "positive_nll": "positive-example NLL",
@@ -129,8 +124,7 @@ def is_there(path, where, row, seed, quick):
 def prepare(runs, out, quick):
     """The world, the reward model and the critics, unless they are there; their curves to OUT/raw.
 
-    VAPO's critic starts from the policy's trunk; the paper's from the reward model. Here that one
-    has unlearned to see slips: the third critic shows how far pretraining gets from there.
+    VAPO's critic starts from the policy's trunk, the third, as the paper's, from the reward model.
     """
     world = runs / "world"
     settings = WORLD | (QUICK_WORLD if quick else {}) | {"out": world}
@@ -147,33 +141,16 @@ def prepare(runs, out, quick):
             argv = [f"@{world}/train_value.args", *to_flags(own)]
             jobs.call("train_value.py", argv, f"{runs / name}.log")
         kept, fresh = out / "raw" / f"{name}.jsonl", runs / f"{name}.jsonl"
-        keep(runs / name, fresh)
-        same = not kept.exists() or lines_of(kept)[1:] == lines_of(fresh)[1:]
+        jobs.keep(runs / name, fresh)
+        same = not kept.exists() or jobs.lines_of(kept)[1:] == jobs.lines_of(fresh)[1:]
         said = f"{name} is not the critic of the runs that are finished in {out}"
         require(same, f"{said} (another machine or version): give another --out")
-        keep(runs / name, kept)
+        jobs.keep(runs / name, kept)
     if not (out / "positions.jsonl").exists():
         after = runs / "value_from_reward_model" / "critic"
         own = {"before": reward_model, "after": after, "answers": answers, "device": "cpu"}
         own |= {"out": out / "positions.jsonl"}
         jobs.call("lab.bias", to_flags(own), f"{runs}/bias.log")
-
-
-def lines_of(path):
-    """The lines of a .jsonl file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def keep(run_dir, path):
-    """Copies a run's metrics.jsonl to `path`, five digits a number, after its config.json."""
-    lines = [{"config": json.loads((run_dir / "config.json").read_text())}]
-    for numbers in lines_of(run_dir / "metrics.jsonl"):
-        short = {n: float(f"{v:.5g}") for n, v in numbers.items() if isinstance(v, float)}
-        lines.append(numbers | short)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    beside.replace(path)
 
 
 def run(row, seed, runs, out, quick):
@@ -184,8 +161,8 @@ def run(row, seed, runs, out, quick):
         argv = [f"--resume={run_dir}"]
     jobs.call("train_vapo.py", argv, f"{run_dir}.log")
     path = out / "raw" / f"{row}-{seed}.jsonl"
-    keep(run_dir, path)
-    return [line["test_accuracy"] for line in lines_of(path) if "test_accuracy" in line][-1]
+    jobs.keep(run_dir, path)
+    return [line["test_accuracy"] for line in jobs.lines_of(path) if "test_accuracy" in line][-1]
 
 
 @exit_on_bad_input

@@ -7,7 +7,7 @@ k answers to each problem, and a greedy one. A problem of n judged answers with 
     pass@k  1 − C(n−c, k) / C(n, k)                 that k answers hold a correct one, unbiased
     maj@n   whether the answer that most of them state is correct (arXiv 2203.11171); of a tie, the
             one stated first
-and each is averaged over problems. An answer that states none, or is truncated, has no vote.
+and each is averaged over problems. An answer that states none, or is cut, has no vote.
 """
 
 import json
@@ -25,8 +25,8 @@ import table
 import toy
 from system import distributed, loading, settings as flags
 from system.equality import canonical
-from system.run import Log, exit_on_bad_input, require, seeded_generator
-from system.settings import ABOVE_0_SHARE, AT_LEAST_1, flag
+from system.run import Log, exit_on_bad_input, seeded_generator
+from system.settings import ABOVE_0_SHARE, AT_LEAST_1, PROBLEMS, flag
 from verifier import extract_answer
 
 TITLES = {"greedy_accuracy": "greedy accuracy", "length": "mean response length (tokens)",
@@ -35,14 +35,10 @@ TITLES = {"greedy_accuracy": "greedy accuracy", "length": "mean response length 
 
 @dataclass(frozen=True)
 class Settings(flags.SamplingSettings):
-    test: str = flag("", "held-out problems: a file or OWNER/NAME:CONFIG@SPLIT")
+    test: str = flag("", "held-out problems: a file or OWNER/NAME:CONFIG@SPLIT", PROBLEMS)
     out: str = flag("", "directory for the numbers; empty: runs/eval-DATE-TIME")
     samples: int = flag(32, "answers to each problem, k", AT_LEAST_1)
     eval_top_p: float = flag(1.0, "top-p of the sampling (the paper: 0.7)", ABOVE_0_SHARE)
-
-    def check(self):
-        super().check()
-        require(bool(self.test), 'give --test FILE: a JSONL of {"problem": ..., "answer": ...}')
 
 
 def pass_at_k(correct, samples, k):

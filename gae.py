@@ -48,8 +48,7 @@ def discounted_sums(delta_BT, decay_B):
 
     S_{2s}(t) = S_s(t) + decay^s S_s(t + s),    s = 1, 2, 4, …
 
-    Column t holds S_s(t), the sum over s columns from t on. A sum over twice as many is that sum
-    plus the one that starts where it ends, decayed by s columns.
+    Column t holds S_s(t), the sum over s columns from t on.
     """
     sum_BT, decay_B1, span = delta_BT.clone(), decay_B[:, None], 1
     while span < delta_BT.shape[1]:

@@ -1,7 +1,7 @@
 """What policy and critic say about rows: log-probs, entropies and values of the response tokens.
 
 Rows are right-padded and attention is causal, so a token never sees the padding after it: no
-attention mask is needed. How networks are loaded stands in system/loading.py.
+attention mask is needed. How networks are loaded is in system/loading.py.
 
 Shapes: B rows; L prompt + response tokens; T response tokens; N tokens of all rows; V vocabulary;
 D width.

@@ -1,7 +1,10 @@
 """Sampling many answers to many prompts, and judging them: a rollout, as a table of rows.
 
-`collect` is a whole rollout; `sample` one batch of answers, by one of three engines of the same
-distribution: slots (system/slots.py), hf (transformers' generate) and vllm.
+    collect                  a whole rollout; with dynamic sampling, batches until it is full
+      judged_batch           answers to the next problems of the queue
+        judged               sampled, and judged
+          sample             by one of three engines of the same distribution: slots, hf, vllm
+          judge              verdict and reward
 
 Shapes: B = P·G rows for P prompts with G samples each, the samples of one prompt side by side;
 L prompt + response tokens; T response tokens.
@@ -39,7 +42,6 @@ def collect(sampler, tokenizer, problems, verify, settings, generators, progress
     With --dynamic_sampling N, of groups neither all right nor all wrong, from at most N batches
     (arXiv 2503.14476 §3.2). The queue of problems is in `progress`.
     Returns: (rows, {"accuracy", "answers", "generations"} of all that was drawn for them).
-    Raises: BadInput when that many batches do not hold enough mixed groups.
     """
     prompts, samples = settings.rollout_shape()
     parts, kept, correct = [], 0, []
@@ -101,7 +103,7 @@ def sample(
     """`samples` answers to each problem, token by token from π(·|s)^(1/temperature); 0 is greedy.
 
     In training nothing of the distribution is cut off (top-p = 1), so the log-probs are those of
-    the update; below 1, the least likely tokens of together at most 1 − top_p are.
+    the update; below 1, the least likely tokens, of together at most 1 − top_p, are.
     Args: policy, what `sampler_of` returns; problems, dicts with "prompt" (token ids); max_tokens,
         the longest response; sample_rows, answers side by side; progress, a tqdm label.
     Returns: rows (table.py) without verdict and reward; problem_B counts the problems given.

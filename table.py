@@ -20,13 +20,13 @@ policy_weight_BT  weight of a token in the policy loss               train_vapo.
 nll_weight_BT     weight of a token in the NLL loss                  train_vapo.weights  mini-batch
 critic_weight_BT  weight of a token in the value loss                train_vapo.weights  mini-batch
 
-Anything later in the list may read what stands before it. While a rollout is whole, the samples of
-one prompt stand side by side; `mini_batches` shuffles them. A column of the rollout may be anything
-of the whole rollout; one of the mini-batch may be anything of that; micro-batches only cut, so
-nothing may be computed over one. value pretraining writes target_BT and critic_weight_BT itself.
+A column may be computed from those above it. One of the rollout may depend on the whole rollout,
+in which the samples of one prompt stand side by side; `mini_batches` shuffles them. One of the
+mini-batch may depend on that; micro-batches only cut, so nothing may be computed over one. Value
+pretraining writes target_BT and critic_weight_BT itself.
 
-Columns named _BL and _BT are cut to the longest row; what they hold beyond a row's end is 0 and
-means nothing. No mask is ever derived from a pad id: the lengths say where a row ends.
+Columns named _BL and _BT are cut to the longest row; a rollout's are 0 beyond a row's end. No mask
+is ever derived from a pad id: the lengths say where a row ends.
 Shapes: B rows; L prompt + response tokens; T response tokens.
 """
 
@@ -133,11 +133,3 @@ def rollout_metrics(rows):
             "lambda_max": rows["lam_B"].max(),
         }
     return numbers
-
-
-def mini_batch_metrics(sums, batch):
-    """The sums over all micro-batches and ranks, those that count tokens as shares of them."""
-    tokens, prompts = int(batch["length_B"].sum()), int(batch["prompt_length_B"].sum())
-    shares = {name: sums[name] / tokens for name in ("clip_low", "clip_high", "approx_kl")}
-    padding = 1 - (tokens + prompts) / sums.pop("padded_tokens")
-    return sums | shares | {"padding": padding}

@@ -1,7 +1,6 @@
 """The embedded world: a task of serial reasoning, its tokenizer, a tiny base model, and its truth.
 
-    python toy.py                                   # writes runs/toy
-    python toy.py --out runs/long --max_steps 120   # a longer world
+    python toy.py --out runs/long --max_steps 120   # runs/toy: python toy.py
 
 A secret map sends each of 26 letters to another; it is one single cycle, so it is a bijection (an
 error is never erased) and every number of steps up to 26 gives another answer. The problem `c17`
@@ -96,11 +95,8 @@ def demonstrate(world, step, letter, steps, rng):
 
 
 def draw_problems(world, rng):
-    """(train, test): lists of problems (letter, steps) with log-uniform steps.
-
-    The test problems are distinct, and none is a training problem; those repeat, since there are
-    only 26 for each number of steps.
-    """
+    """(train, test): lists of problems (letter, steps) with log-uniform steps. Test problems are
+    distinct, and none is a training problem; those repeat (there are 26 for a number of steps)."""
     steps = range(world.min_steps, world.max_steps + 1)
     weights = [math.log((n + 0.5) / (n - 0.5)) for n in steps]
 
@@ -150,9 +146,7 @@ SETTINGS = {
 def build(world, progress=True):
     """Writes the world into `world.out`, unless it is there, and each script's flags, SCRIPT.args:
     base/ (model and tokenizer), train.jsonl, test.jsonl and, last, world.json (settings and map).
-
-    Returns: the directory. Raises: BadInput if another world is there.
-    """
+    Returns: the directory. Raises: BadInput if another world is there."""
     out = Path(world.out)
     step = secret_map(world)
     record = {"settings": {k: v for k, v in asdict(world).items() if k != "out"}, "map": step}

@@ -70,7 +70,7 @@ class Settings(flags.TrainingSettings):
 
 
 def value_gradients(critic, batch, settings, value_clip=None, shift=0):
-    """Adds the gradients of Σ weight · ½ (V − target)² over a mini-batch, on all ranks.
+    """Adds the gradients of Σ weight · ½ (V − target)² over a mini-batch.
 
     Args: batch, rows with target_BT and critic_weight_BT (with value_clip, old_value_BT too);
         shift, 0 for V before each token, 1 for the score after it.
@@ -90,8 +90,8 @@ def value_gradients(critic, batch, settings, value_clip=None, shift=0):
 
 
 def objective_columns(rows, objective):
-    """(target_BT, mask_BT, shift): what V is fitted to, where, and whether it is read before (0)
-    or after (1) a token."""
+    """(target_BT, mask_BT, shift): what V is fitted to, the return target_t = R, where, and whether
+    V is read before (0) or after (1) a token."""
     mask_BT = table.response_mask(rows)
     target_BT = rows["reward_B"][:, None] * mask_BT
     if objective == "value":
@@ -119,8 +119,8 @@ def measure(critic, rows, objective, micro_batch_tokens):
 def fit(settings, out, critic, tokenizer, rows, held_out_rows, truth):
     """Offline passes over the rows; goes on after the last pass that is saved in `out`.
 
-    The critic of the best pass is OUT/best. Args: truth, a function value_BT of the held-out rows
-    → numbers to log. Returns: (metrics of the best pass, its optimiser step).
+    Args: truth, a function value_BT of the held-out rows → numbers to log.
+    Returns: (metrics of the best pass, its optimiser step); its critic is OUT/best.
     """
     index_N = torch.arange(len(rows["length_B"]), device=rows["length_B"].device)
     short_N = rows["length_B"].sort(stable=True).indices[: -(-len(index_N) // 2)]
@@ -245,8 +245,7 @@ def pretrain(settings, policy=None):
     """Value pretraining, or the fit of a reward model, from the answers to the critic's directory.
 
     Args: policy, loaded and sharded, where the caller has it already.
-    Returns: the kept critic's held-out metrics, its step, and "critic", its directory.
-    Raises: BadInput, Stopped.
+    Returns: the kept critic's held-out metrics, and "critic", its directory.
     """
     started = time.time()
     settings.check()
@@ -284,9 +283,8 @@ def pretrain(settings, policy=None):
         if not distributed.rank():
             (out / "best").rename(out / "critic")
     checkpoint.remove(out)
-    said = f"kept step {step}, explained variance {metrics['explained_variance']:.3f}"
-    print(f"value: {said}, in {out}/critic ({time.time() - started:.0f} s)")
-    spent = time.time() - started
+    spent, explained = time.time() - started, metrics["explained_variance"]
+    print(f"value: kept step {step}, explained variance {explained:.3f}, in {out} ({spent:.0f} s)")
     return metrics | {"step": step, "critic": str(out / "critic"), "seconds": spent}
 
 

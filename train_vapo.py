@@ -17,7 +17,7 @@ PPO with seven changes, each with a flag that turns it off:
 
 A batch's way, top to bottom in this file: `train` samples, `score` and `advantages` look at the
 rollout, `weights`, `value_gradients` and `policy_gradients` at each optimiser mini-batch. What a
-row is stands in table.py; the equations in gae.py, losses.py, logprobs.py and dapo.py.
+row is, is in table.py; the equations in gae.py, losses.py, logprobs.py and dapo.py.
 """
 
 import time
@@ -43,7 +43,7 @@ from system.settings import AT_LEAST_1, INSIDE_SHARE, NOT_NEGATIVE, POSITIVE, SH
 from train_value import starting_critic, value_gradients
 
 # fmt: off
-# The rivals, each as what differs from VAPO. A flag given beside --preset counts more than it.
+# The rivals, each as what differs from VAPO. A flag given beside --preset overrides it.
 PRESETS = {
     "vapo": {},
     # arXiv 2503.01491: PPO with value pretraining and decoupled GAE, λ_policy fixed
@@ -63,8 +63,8 @@ PRESETS = {
 @dataclass(frozen=True)
 class Settings(flags.TrainingSettings):
     preset: Literal["vapo", "vc_ppo", "ppo", "grpo", "dapo"] = flag(
-        "vapo", "the algorithm; what it changes stands in PRESETS")
-    test: str = flag("", "held-out problems, like --train")
+        "vapo", "what it changes is in PRESETS: vapo, vc_ppo, ppo, grpo, dapo")
+    test: str = flag("", "held-out problems, like --train", flags.PROBLEMS)
     out: str = flag("", "run directory; empty: runs/PRESET-DATE-TIME")
     resume: str = flag("", "go on with the run in this directory, as it is", may_change=True)
     critic: str = flag("", "start from this pretrained critic, as it is; empty: pretrain one")
@@ -113,7 +113,6 @@ class Settings(flags.TrainingSettings):
 
     def check(self):
         super().check()
-        require(bool(self.test), 'give --test FILE: a JSONL of {"problem": ..., "answer": ...}')
         prompts, samples = self.rollout_shape()
         updates, processes = -(-prompts * samples // self.mini_batch), self.processes()
         if updates == 1:
@@ -143,8 +142,9 @@ def score(policy, critic, rows, settings):
     """Adds old_logp_BT, entropy_BT and, with a critic, old_value_BT to a rollout.
     By the same code as training, not the sampler's, so the first ratio is 1."""
     tokens = 4 * settings.micro_batch_tokens  # no gradient is kept
-    how = (rows, settings.temperature, tokens, settings.compile)
-    rows["old_logp_BT"], rows["entropy_BT"] = model.all_logprobs(policy, *how)
+    rows["old_logp_BT"], rows["entropy_BT"] = model.all_logprobs(
+        policy, rows, settings.temperature, tokens, settings.compile
+    )
     if critic:
         rows["old_value_BT"] = model.all_values(critic, rows, tokens)
 
@@ -156,7 +156,7 @@ def advantages(rows, settings):
     weight_BT = losses.importance_weight(old_logp_BT, rows["sampled_logp_BT"], cap or None)
     rows["importance_BT"] = weight_BT * mask_BT
     if settings.critic_free:  # arXiv 2402.03300 §4.1
-        adv_B = dapo.group_advantage(rows["reward_B"], settings.samples)
+        adv_B = dapo.group_advantage(rows["reward_B"], settings.rollout_shape()[1])
         rows["adv_BT"] = adv_B[:, None] * mask_BT
         return
     reward_BT = gae.terminal_reward(rows["reward_B"], rows["length_B"], mask_BT.shape[1])
@@ -187,17 +187,19 @@ def policy_gradients(policy, batch, settings):
     eps_high = settings.eps_high if settings.clip_higher else settings.eps_low  # piece 5, §4.3
     mu = settings.mu if settings.positive_nll else 0.0  # piece 6, §4.3
     policy_loss = run.kernel(losses.policy_loss, settings.compile, loading.device_of(policy))
-    clip, sums = (settings.eps_low, eps_high), {}
+    clip = (settings.eps_low, eps_high)
+    sums = {}
     for index in distributed.deal(table.micro_batches(batch, settings.micro_batch_tokens)):
         micro = table.take(batch, index)
         logp_BT, _ = model.policy_logprobs(policy, micro, settings.temperature, settings.compile)
-        how = (logp_BT, micro["old_logp_BT"], micro["adv_BT"])
-        loss_BT = policy_loss(*how, *clip) * micro["policy_weight_BT"]
+        old_logp_BT, adv_BT = micro["old_logp_BT"], micro["adv_BT"]
+        loss_BT = policy_loss(logp_BT, old_logp_BT, adv_BT, *clip) * micro["policy_weight_BT"]
         ppo = (loss_BT * micro["importance_BT"]).sum()
         nll = (losses.nll_loss(logp_BT) * micro["nll_weight_BT"]).sum()
         (ppo + mu * nll).backward()
         found = {"policy_loss": ppo, "nll_loss": nll}
-        found |= losses.ratio_metrics(*how, table.response_mask(micro), *clip)
+        mask_BT = table.response_mask(micro)
+        found |= losses.ratio_metrics(logp_BT, old_logp_BT, adv_BT, mask_BT, *clip)
         metrics.add(sums, found, micro)
     return sums
 
@@ -205,10 +207,10 @@ def policy_gradients(policy, batch, settings):
 def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems):
     """The run, from prompt to gradient; from its last checkpoint, if it has one.
     Returns: (before, after), the metrics of `evaluate.evaluate` on the test problems."""
-    how = (settings.max_grad_norm, warmup(settings.warmup))
-    learners = {"policy": Learner(policy, settings.lr, *how)}
+    limits = (settings.max_grad_norm, warmup(settings.warmup))
+    learners = {"policy": Learner(policy, settings.lr, *limits)}
     if critic:  # started by piece 1
-        learners = {"critic": Learner(critic, settings.critic_lr, *how)} | learners
+        learners = {"critic": Learner(critic, settings.critic_lr, *limits)} | learners
     generators = {
         "order": seeded_generator(settings.seed, "data order"),
         "sample": seeded_generator(settings.seed, "sampling", loading.device_of(policy)),
@@ -233,9 +235,10 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems)
                disable=distributed.rank() > 0)  # fmt: skip
     for step in bar:
         seconds, updates = {}, []
-        with timed(seconds, "sample"):  # piece 7: prompts × samples, judged
-            asked = (problems, verify, settings, generators, progress)
-            rows, drawn = rollout.collect(sampler, tokenizer, *asked)
+        with timed(seconds, "sample"):  # piece 7: as many as rollout_shape says, judged
+            rows, drawn = rollout.collect(
+                sampler, tokenizer, problems, verify, settings, generators, progress
+            )
         with timed(seconds, "score"):  # pieces 2 and 3: advantages and targets from the outcome
             score(policy, critic, rows, settings)
             advantages(rows, settings)
@@ -248,7 +251,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems)
                     clip = settings.value_clip or None
                     sums["value_loss"] = value_gradients(critic, batch, settings, clip)
                 sums |= policy_gradients(policy, batch, settings)  # pieces 5 and 6
-                numbers = table.mini_batch_metrics(distributed.add_numbers(sums), batch)
+                numbers = metrics.of_mini_batch(distributed.add_numbers(sums), batch)
                 made = step_or_skip(learners, numbers)
                 progress["bad_steps"] = 0 if made else progress["bad_steps"] + 1
                 if not made:
@@ -316,8 +319,8 @@ def main(argv=None):
             start = starting_critic(settings, run_dir, policy)  # piece 1
             critic = loading.load_critic(start, device, dtype=settings.dtype)
             critic = loading.shard(critic, device, settings)
-        how = (policy, critic, tokenizer, problems, test_problems)
-        before, after = train(settings, run_dir, *how)
+        data = (tokenizer, problems, test_problems)
+        before, after = train(settings, run_dir, policy, critic, *data)
     checkpoint.export(policy, tokenizer, run_dir / "policy")
     if critic:
         checkpoint.export(critic, tokenizer, run_dir / "critic")

@@ -53,9 +53,7 @@ def peak_gigabytes(function):
 
 def side_by_side(title, against, ours, theirs, repeats, device):
     """Prints and returns one line of the table, a dict.
-
-    ours, theirs: functions; of those that return rows, response tokens a second count.
-    """
+    ours, theirs: functions; of those that return rows, response tokens a second count."""
     speeds = [], []
     for _ in range(repeats):
         for side, function in zip(speeds, (ours, theirs)):
@@ -128,9 +126,7 @@ def scored(policy, rows, asked):
 
 def update(policy, critic, rows, asked, plain=False):
     """Makes the gradients of a mini-batch, as train_vapo.train does, and throws them away.
-
-    plain: over rows as they come, 16 at a time, with log_softmax of whole logits.
-    """
+    plain: over rows as they come, 16 at a time, with log_softmax of whole logits."""
     batch, every_B = dict(rows), torch.arange(len(rows["length_B"]), device=policy.device)
     train_vapo.weights(batch, asked)
     if not plain:

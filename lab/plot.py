@@ -11,8 +11,8 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from ablate import lines_of
 from system import run, settings
+from system.jobs import lines_of
 from system.settings import flag
 
 # fmt: off

@@ -13,9 +13,10 @@ from statistics import fmean, stdev
 
 import torch
 
-from ablate import GROUPS, PAPER, ROWS, Settings, lines_of
-from lab.figures import TITLES, draw_all
+from ablate import GROUPS, ROWS, Settings
+from lab.figures import PAPER, TITLES, draw_all
 from lab.plot import curve, need_matplotlib
+from system.jobs import lines_of
 from system.run import exit_on_bad_input
 from system.settings import parse
 

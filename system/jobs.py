@@ -1,5 +1,6 @@
-"""Scripts of this project run side by side, one core each."""
+"""Scripts of this project run side by side, one core each, and what is kept of them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -57,3 +58,20 @@ def locked(directory):
             said = "let it finish, or give another --runs and --out"
             raise BadInput(f"another ablate.py is at work in {directory}: {said}") from None
         yield
+
+
+def lines_of(path):
+    """The lines of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def keep(run_dir, path):
+    """Copies a run's metrics.jsonl to `path`, five digits a number, after its config.json."""
+    lines = [{"config": json.loads((run_dir / "config.json").read_text())}]
+    for numbers in lines_of(run_dir / "metrics.jsonl"):
+        short = {n: float(f"{v:.5g}") for n, v in numbers.items() if isinstance(v, float)}
+        lines.append(numbers | short)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    beside.replace(path)

@@ -11,6 +11,14 @@ def add(sums, found, micro):
         sums[name] = max(before, value) if name.endswith("_max") else before + value
 
 
+def of_mini_batch(sums, batch):
+    """The sums over all micro-batches and ranks, those that count tokens as shares of them."""
+    tokens, prompts = int(batch["length_B"].sum()), int(batch["prompt_length_B"].sum())
+    shares = {name: sums[name] / tokens for name in ("clip_low", "clip_high", "approx_kl")}
+    padding = 1 - (tokens + prompts) / sums.pop("padded_tokens")
+    return sums | shares | {"padding": padding}
+
+
 def means(updates):
     """Means over a rollout's optimiser steps; of those skipped only where all were."""
     good = [update for update in updates if not update["bad_steps"]] or updates

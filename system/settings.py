@@ -27,6 +27,8 @@ SHARE = ("must be between 0 and 1", lambda value: 0 <= value <= 1)
 ABOVE_0_SHARE = ("must be above 0 and at most 1", lambda value: 0 < value <= 1)
 INSIDE_SHARE = ("must be above 0 and below 1", lambda value: 0 < value < 1)
 
+PROBLEMS = ('FILE is missing: say, a JSONL of {"problem": ..., "answer": ...}', bool)
+
 PROMPT = (  # DAPO's wording
     "Solve the following math problem step by step. The last line of your response should be of "
     "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
@@ -104,7 +106,7 @@ class SamplingSettings(Settings):
 class TrainingSettings(SamplingSettings):
     """What both training scripts have beside that."""
 
-    train: str = flag("", "training problems: a file or OWNER/NAME:CONFIG@SPLIT (system/files.py)")
+    train: str = flag("", "training problems: a file or OWNER/NAME:CONFIG@SPLIT", PROBLEMS)
     reward_correct: float = flag(1.0, "reward of a correct answer")
     reward_wrong: float = flag(0.0, "reward of a wrong answer")
     compile: bool = flag(None, "torch.compile the loss and log-prob kernels; default: on cuda")
@@ -115,7 +117,6 @@ class TrainingSettings(SamplingSettings):
 
     def check(self):
         super().check()
-        require(self.train, 'give --train FILE: say, a JSONL of {"problem": ..., "answer": ...}')
         cuda = pick_device(self.device).type == "cuda"
         said = "--cpu_offload keeps a GPU's memory free: it is for CUDA"
         require(cuda or not self.cpu_offload, said)

@@ -21,7 +21,7 @@ import table
 import toy
 import train_value
 import train_vapo
-from system import checkpoint, files, loading, run as run_file
+from system import checkpoint, files, loading, metrics as step_metrics, run as run_file
 from system.settings import parse
 
 SETTINGS = train_vapo.Settings(train="t", test="t", alpha=0.5, compile=False)
@@ -113,7 +113,7 @@ def gradients(pair, rows, settings):
     sums = {"value_loss": train_value.value_gradients(critic, batch, settings)}
     sums |= train_vapo.policy_gradients(policy, batch, settings)
     vectors = [torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (policy, critic)]
-    return *vectors, table.mini_batch_metrics(sums, batch)
+    return *vectors, step_metrics.of_mini_batch(sums, batch)
 
 
 # Zero advantages leave only the NLL in the policy's gradient; μ = 0 leaves only the clipped loss.

@@ -13,10 +13,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-import table
 import train_value
 import train_vapo
-from system import distributed, learner, loading
+from system import distributed, learner, loading, metrics as step_metrics
 
 
 def result(task):
@@ -40,7 +39,7 @@ def result(task):
     train_vapo.weights(batch, settings)
     sums = {"value_loss": train_value.value_gradients(critic, batch, settings)}
     sums |= train_vapo.policy_gradients(policy, batch, settings)
-    metrics, gradients = table.mini_batch_metrics(distributed.add_numbers(sums), batch), {}
+    metrics, gradients = step_metrics.of_mini_batch(distributed.add_numbers(sums), batch), {}
     for name, network in networks.items():
         for key, parameter in network.named_parameters():
             gradients[f"{name}.{key}"] = distributed.unsharded(parameter.grad).clone()
