@@ -14,13 +14,11 @@ from lab.plot import curve, draw, draw_curves
 PAPER = {"vapo": 60, "no_value_pretraining": 11, "no_decoupled_gae": 33,
          "no_length_adaptive_gae": 45, "no_clip_higher": 46, "no_token_level_loss": 53,
          "no_positive_nll": 54, "no_group_sampling": 55, "ppo": 5, "dapo": 50}
-# fmt: on
 TITLES = {row: title for row, (title, _) in ROWS.items()}
 RIVALS = ("vapo", "dapo", "grpo", "vc_ppo", "ppo")
 CRITICS = ("vapo", "no_value_pretraining", "ppo")
 
 
-# fmt: off
 def draw_all(runs, summary, positions, value, out):
     """Draws what there is data for into OUT; returns [(file name, what to see in it)].
     Args: summary, {row: numbers}; positions, the lines of bias.py; value, of value pretraining."""
