@@ -1,6 +1,6 @@
 """What is asked: problems, put into the prompt, as token ids.
 
-Which files and fields are read as problems stands in system/files.py.
+Which files and fields are read as problems is written in system/files.py.
 """
 
 from system.files import load_problems
