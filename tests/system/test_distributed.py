@@ -30,6 +30,12 @@ FLAGS = ["--device=cpu", "--prompts=6", "--samples=4", "--mini_batch=8", "--micr
          "--eval_samples=2", "--save_every=1", "--eval_every=1", "--pretrain_answers=64",
          "--pretrain_passes=1"]  # fmt: skip
 FOREVER = ["--steps=100000", "--save_every=0", "--eval_every=0"]
+IN_HASTE = """
+import runpy, time
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(min(seconds, 3))  # not 15 for the others' last words
+runpy.run_path("train_vapo.py", run_name="__main__")
+"""
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "VAPO_RANK_MINUTES": "1"}
 LINUX = pytest.mark.skipif(not Path("/proc").exists(), reason="looks for the processes in /proc")
 
@@ -228,18 +234,20 @@ def test_torchrun_that_is_told_to_stop_saves_the_run(world, tmp_path):
 
 @LINUX
 @pytest.mark.parametrize(
-    "how, minutes, count",
+    "how, minutes, count, in_haste",
     [
-        (signal.SIGKILL, 0.2, 2),
-        pytest.param(signal.SIGKILL, 0.2, 3, marks=pytest.mark.slow),
-        pytest.param(signal.SIGSTOP, 0.6, 3, marks=pytest.mark.slow),
+        (signal.SIGKILL, 0.2, 2, True),
+        pytest.param(signal.SIGKILL, 0.2, 3, False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, 0.6, 3, False, marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_dies_or_hangs_is_named_and_the_others_end(
-    world, tmp_path, how, minutes, count
+    world, tmp_path, how, minutes, count, in_haste
 ):
     out, port, processes = tmp_path / "run", free_port(), []
-    words = [sys.executable, *map(str, vapo_flags(world, out, *FOREVER))]
+    script, *flags = vapo_flags(world, out, *FOREVER)
+    script = ["-c", IN_HASTE] if in_haste else [script]
+    words = [sys.executable, *script, *map(str, flags)]
     # torchrun's, which outlives them all
     store = torch.distributed.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
     for rank in range(count):  # as torchrun would, which kills the others itself when one dies
