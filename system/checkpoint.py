@@ -177,7 +177,10 @@ def write(path, value):
     """Saves a value as a file, whole or not at all. Rank 0 does."""
     if not distributed.rank():
         with written_whole(Path(path)) as file:
-            torch.save(value, file)
+            try:
+                torch.save(value, file)
+            except RuntimeError as error:  # of a full disk it says nothing
+                raise (error.__context__ or error) from None
 
 
 def read(path):

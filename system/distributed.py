@@ -55,10 +55,10 @@ def rank_0_first():
     outermost, STATE["first"] = not STATE["first"], True
     try:
         if outermost and rank():
-            meet("waiting for rank 0")
+            from_rank_0("done")
         yield
         if outermost and not rank():
-            meet("waiting for rank 0")
+            from_rank_0("done")
     finally:
         STATE["first"] = not outermost
 
@@ -90,15 +90,6 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def meet(where):
-    """All ranks wait for each other. Raises: RuntimeError that (on rank 0) names who is missing."""
-    if world() > 1:
-        try:
-            dist.monitored_barrier(STATE["control"], TIMEOUT, wait_all_ranks=True)
-        except RuntimeError as error:
-            raise RuntimeError(f"{where}: {first_line(error)}") from None
-
-
 def name_missing_ranks(error):
     """After an error: says it, and rank 0 names the ranks that say none within 15 seconds."""
     if world() > 1:
@@ -115,7 +106,6 @@ def name_missing_ranks(error):
 
 def all_ranks(value):
     """A list of all ranks' values, on every rank."""
-    meet("gathering")
     values = [value] * world()
     if world() > 1:
         dist.all_gather_object(values, value, group=STATE["control"])

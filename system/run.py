@@ -153,7 +153,7 @@ def describe(device):
     try:  # dirty: the code differs; results that ablate.py writes into the tree do not count
         name = subprocess.run([*git, "describe", "--always", "--abbrev=12"], **how).stdout.strip()
         differs = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], **how).returncode
-        revision = (name or "unknown") + "-dirty" * (differs == 1)
+        revision = name + "-dirty" * (differs == 1) if name else "unknown"
     except (OSError, subprocess.TimeoutExpired):
         revision = "unknown"
     cuda, processor = device.type == "cuda", platform.processor() or platform.machine()
