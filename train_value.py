@@ -188,7 +188,7 @@ def fit(settings, out, critic, tokenizer, rows, held_out_rows, truth):
 def stop_if_asked(out, number=0):
     """Raises: Stopped, with how to go on, if the process is to stop."""
     if run.stopping():
-        there = (out / "answers.pt").exists()
+        there = number > 0 or (out / "answers.pt").exists()  # with --reuse_answers elsewhere
         done = f"pass {number} of it begins again" if there else "nothing of it is done yet"
         said = f"the same command with --out {out}, or --resume of the run, goes on"
         raise run.Stopped(f"value pretraining in {out}: {done}; {said}")
