@@ -6,5 +6,5 @@ figures.py   those figures
 bias.py      V and advantage by token position, before and after value pretraining
 plan.py      memory and time of a run, on paper: python -m lab.plan --model NAME --gpus 64
 dryrun.py    a model's own code on tensors without memory, for plan.py
-bench.py     how fast each part is, against what one would use instead, and how a step grows
+bench.py     how fast each part is, against what one would use instead
 """

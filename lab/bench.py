@@ -3,7 +3,6 @@
     python -m lab.bench                            # all parts but vllm, in the embedded world
     python -m lab.bench --parts vllm               # one of them, where vLLM is installed
     python -m lab.bench --model DIR --train FILE   # and any other flag of train_vapo.py
-    python -m lab.bench --scale                    # how a step grows with its answers
 
 Both sides have the same inputs, in one process, and take turns. A line has the median speed of each
 and how many times as fast ours is: the median of the turns' ratios, their lowest and highest.
@@ -14,7 +13,6 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
-from types import SimpleNamespace
 
 import torch
 
@@ -30,9 +28,6 @@ from system import loading, run, settings
 from system.settings import flag
 from system.slots import draw
 from train_value import value_gradients
-
-SCALE = [(4, 64), (4, 1024), (4, 2048), (4, 4096), (4, 8192), (4, 16384), (64, 256), (256, 256),
-         (1024, 256), (4096, 256)]  # answers, tokens of each; the first warms up  # fmt: skip
 
 
 def seconds(function, device):
@@ -83,7 +78,7 @@ def bench_gae(asked, device, generator):
         return torch.stack(advantages[::-1], dim=1)
 
     ours = partial(gae.gae, reward_BT, value_BT, mask_BT, lam_B)
-    yield "GAE, 512 x 4096", "a loop over the tokens", ours, loop
+    return "GAE, 512 x 4096", "a loop over the tokens", ours, loop
 
 
 def bench_draw(asked, device, generator):
@@ -95,7 +90,7 @@ def bench_draw(asked, device, generator):
         return logp_RV.gather(1, torch.multinomial(logp_RV.exp(), 1, generator=generator))
 
     ours = partial(draw, logit_RV, generator)
-    yield "draw, 64 rows", "log_softmax + multinomial", ours, multinomial
+    return "draw, 64 rows", "log_softmax + multinomial", ours, multinomial
 
 
 def sample(sampler, tokenizer, problems, asked, generator):
@@ -112,7 +107,7 @@ def bench_sampling(engine, asked, device, generator):
     how, other = (tokenizer, problems[: asked.prompts]), replace(asked, engine=engine)
     ours = partial(sample, loading.sampling_copy(policy), *how, asked, generator)
     theirs = partial(sample, loading.sampler_of(policy, other), *how, other, generator)
-    yield "sampling", f"--engine {engine}", ours, theirs
+    return "sampling", f"--engine {engine}", ours, theirs
 
 
 def scored(policy, rows, asked):
@@ -157,27 +152,7 @@ def bench_update(asked, device, generator):
     ours = partial(update, *scored(policy, rows, asked))
     theirs = partial(ours, plain=True)
     held = f"{peak_gigabytes(ours):.2f} and {peak_gigabytes(theirs):.2f} GB"
-    yield f"update, {held}", "16 rows, whole logits", ours, theirs
-
-
-def bench_scale(asked, device, generator):
-    """Microseconds a token of each phase, and the memory of the update, by number and length of
-    answers. Attention's share grows with the length; nothing else should."""
-    policy, _, (problems,) = model.set_up(asked, [asked.train])
-    policy.generation_config.eos_token_id = None
-    tokenizer = SimpleNamespace(eos_token_id=-1, added_tokens_decoder={})  # no answer ends early
-    for answers, tokens in SCALE:
-        asked = replace(asked, samples=4, response_length=tokens, micro_batch_tokens=16_400)
-        how = (tokenizer, problems[:1] * (answers // 4), asked, generator)
-        sampling, rows = seconds(partial(sample, policy, *how), device)
-        scoring, inputs = seconds(partial(scored, policy, rows, asked), device)
-        updating, _ = seconds(partial(update, *inputs), device)
-        taken = {"sampling": sampling, "scoring": scoring, "update": updating}
-        line = {f"{name}_us": 1e6 * t / (answers * tokens) for name, t in taken.items()}
-        line["update_GB"] = peak_gigabytes(partial(update, *inputs))
-        told = "".join(f"   {name} {number:8,.2f}" for name, number in line.items())
-        print(f"{answers:5d} answers of {tokens:6d} tokens{told}", flush=True)
-        yield {"part": "scale", "answers": answers, "tokens": tokens} | line
+    return f"update, {held}", "16 rows, whole logits", ours, theirs
 
 
 # fmt: off
@@ -190,7 +165,6 @@ class Settings(train_vapo.Settings):
     parts: list[str] = flag(list(PARTS)[:-1], "which", (
         f"must be of {', '.join(PARTS)}", lambda parts: set(parts) <= set(PARTS)))
     repeats: int = flag(5, "turns of each side", settings.AT_LEAST_1)
-    scale: bool = flag(False, "instead: how time and memory of a step grow with its answers")
     json: str = flag("", "also write the numbers to this file")
 # fmt: on
 
@@ -200,17 +174,16 @@ def main(argv=None):
     """Runs the script; returns its lines."""
     defaults = {"train": "-", "test": "-"}  # some parts need no problems
     asked = settings.parse(Settings, argv, __doc__, defaults)
-    if asked.scale or set(asked.parts) - {"gae", "draw"}:
+    if set(asked.parts) - {"gae", "draw"}:
         defaults |= toy.defaults("train_vapo", asked.model)
         asked = settings.parse(Settings, argv, __doc__, defaults)
     asked.check()
     device = run.pick_device(asked.device)
     on, lines = run.describe(device) | {"model": asked.model}, []
     print("bench: " + ", ".join(f"{name} {value}" for name, value in on.items()))
-    for part in [bench_scale] if asked.scale else map(PARTS.get, asked.parts):
-        for found in part(asked, device, run.seeded_generator(0, "bench", device)):
-            compared = isinstance(found, tuple)
-            lines.append(side_by_side(*found, asked.repeats, device) if compared else found)
+    for part in map(PARTS.get, asked.parts):
+        generator = run.seeded_generator(0, "bench", device)
+        lines.append(side_by_side(*part(asked, device, generator), asked.repeats, device))
     if asked.json:
         run.write_json(asked.json, {"on": on, "lines": lines})
     return lines

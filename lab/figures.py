@@ -3,9 +3,6 @@
 from functools import partial
 from statistics import fmean
 
-import torch
-
-import gae
 from ablate import GROUPS, PIECES, ROWS, RUN
 from lab.plot import curve, draw, draw_curves
 
@@ -69,14 +66,6 @@ def draw_all(runs, summary, positions, value, out):
              fitting("explained variance", (curve(value, "explained_variance"), "o-", "the critic"),
                      (curve(value, "best_explained_variance"), "k--", "the best possible")),
              fitting("first-slip AUC", (curve(value, "slip_auc"), "o-", None))]),
-        ("reach.png", True,
-         "λ = 0.95 hides the outcome from the start of a long answer; adaptive λ gives every "
-         "length the same share.", (11, 3.6), [
-             by_token(f"an answer of {n} tokens: the outcome's weight at token t", reach(n))
-             for n in (40, 300)]),
-        ("lambda.png", True, "Short answers get a short horizon, long ones a long one.", (6, 3.6), [
-            ("λ_policy = 1 − 1/(α l), clamped to [0, 1)", "response length l (tokens)",
-             partial(draw_curves, adaptive()))]),
         ("alpha.png", swept, "The sweep of α that the paper lacks.", (6, 3.6), [
             ("final held-out accuracy by α (mean ± 95% interval)", "α", partial(sweep, summary))]),
     ]
@@ -143,26 +132,6 @@ def means(positions, what):
     return [outcome if what == "value" else (zero, "k--", None),
             (points(f"{what}_before"), "C0", "reward model as critic"),
             (points(f"{what}_after"), "C1", "after value pretraining")]  # fmt: skip
-
-
-def reach(length):
-    """Lines of how much of an outcome of 1 reaches token t: the advantage where V = 0."""
-    length_B, zero_BT = torch.tensor([length] * 3), torch.zeros(3, length)
-    lam_B = gae.length_adaptive_lambda(length_B, RUN["alpha"])
-    labels = "λ = 1", "λ = 0.95", f"adaptive, α = {RUN['alpha']:g}: λ = {lam_B[2]:.3f}"
-    lam_B[:2] = torch.tensor([1.0, 0.95])
-    reward_BT = gae.terminal_reward(torch.ones(3), length_B, length)
-    adv_BT = gae.gae(reward_BT, zero_BT, zero_BT + 1, lam_B)
-    return [(list(enumerate(adv_T)), "-", label) for adv_T, label in zip(adv_BT.tolist(), labels)]
-
-
-def adaptive():
-    """Lines of the length-adaptive λ by length, for several α."""
-    length_B, found = torch.arange(1, 401), [([(1, 0.95), (400, 0.95)], "k--", "0.95")]
-    for alpha in (0.05, 0.2, RUN["alpha"], 1.0):
-        lam_B = gae.length_adaptive_lambda(length_B, alpha)
-        found.append((list(zip(length_B.tolist(), lam_B.tolist())), "-", f"α = {alpha:g}"))
-    return found
 
 
 def sweep(summary, axis):

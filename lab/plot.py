@@ -62,10 +62,10 @@ def summarise(lines, label):
     return "\n".join(text)
 
 
-def need_matplotlib():
-    """Raises: BadInput if matplotlib is not installed."""
-    there = find_spec("matplotlib") is not None
-    run.require(there, "pictures need matplotlib: pip install matplotlib")
+def need(*packages):
+    """Raises: BadInput if one is not installed."""
+    missing = " ".join(name for name in packages if find_spec(name) is None)
+    run.require(not missing, f"tables and pictures need {missing}: pip install {missing}")
 
 
 def draw_curves(curves, axis):
@@ -101,7 +101,7 @@ def main(argv=None):
     labels = asked.labels or [Path(name).name for name in asked.runs]
     said = f"{len(asked.runs)} runs need as many --labels, not {len(labels)}"
     run.require(len(labels) == len(asked.runs), said)
-    need_matplotlib()
+    need("matplotlib")
     curves = {title: [] for title in PANELS}
     for i, (directory, label) in enumerate(zip(asked.runs, labels)):
         try:

@@ -11,17 +11,13 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, stdev
 
-import torch
-
 from ablate import GROUPS, ROWS, Settings
 from lab.figures import PAPER, TITLES, draw_all
-from lab.plot import curve, need_matplotlib
+from lab.plot import curve, need
 from system.jobs import lines_of
 from system.run import exit_on_bad_input
 from system.settings import parse
 
-# Student's t, 97.5% quantile, for 1 to 9 degrees of freedom.
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 HEAD = (
     "| | paper: AIME 2024 | here: accuracy | minus VAPO, paired | steps to DAPO's best | answers | "
     f"minutes | seeds |\n{'|---' * 8}|\n"
@@ -48,20 +44,18 @@ FINDINGS = (  # each is said if all its numbers are known
 
 def mean_interval(numbers):
     """(mean, half width of its 95% interval): t · s / √n; the half is NaN for a single number."""
+    from scipy import stats
+
     n = len(numbers)
-    t = T975[min(n, 10) - 2]  # a little wide beyond 10 seeds
+    t = stats.t.ppf(0.975, n - 1)
     return fmean(numbers), t * stdev(numbers) / math.sqrt(n) if n > 1 else math.nan
-
-
-def ranks(numbers):
-    """Ranks from 1, ties share their mean."""
-    return [sum(y < x for y in numbers) + (numbers.count(x) + 1) / 2 for x in numbers]
 
 
 def rank_correlation(xs, ys):
     """Spearman's ρ: the correlation of the ranks."""
-    pair = torch.tensor([ranks(xs), ranks(ys)], dtype=torch.float64)
-    return torch.corrcoef(pair)[0, 1].item()
+    from scipy import stats
+
+    return stats.spearmanr(xs, ys).statistic
 
 
 def read_raw(out):
@@ -206,7 +200,7 @@ def report(out):
 def main(argv=None):
     """Runs the script; returns what `report` does."""
     out = parse(Settings, argv, __doc__).out
-    need_matplotlib()
+    need("matplotlib", "scipy")
     summary = report(Path(out))
     print(f"{out}: {len(summary)} rows have finished runs")
     return summary

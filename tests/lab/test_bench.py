@@ -64,16 +64,6 @@ def test_both_sides_of_the_update_make_the_same_gradients(world, monkeypatch):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_scale_counts_time_and_memory_by_length(world, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "SCALE", [(4, 8), (8, 8), (4, 16)])
-    lines = bench.main([f"@{world}/train_vapo.args", "--scale", "--device=cpu"])
-    assert [(line["answers"], line["tokens"]) for line in lines] == bench.SCALE
-    numbers = ("sampling_us", "scoring_us", "update_us", "update_GB")
-    assert all(line[name] > 0 for line in lines for name in numbers)
-    assert lines[1]["update_GB"] > lines[0]["update_GB"]
-    assert "    8 answers of      8 tokens" in capsys.readouterr().out
-
-
 def test_the_peak_is_of_what_is_alive_at_once():
     def function():
         for _ in range(3):

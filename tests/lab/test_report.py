@@ -47,11 +47,11 @@ def test_the_table_is_computed_from_the_files_as_by_hand(tmp_path):
     summary = report.summarise(runs)
     # Finals 0.9 and 0.7: mean 0.8, s = √0.02, half = 12.706 · √0.02 / √2 = 1.2706
     assert summary["vapo"]["accuracy"] == pytest.approx(0.8)
-    assert summary["vapo"]["half"] == pytest.approx(1.2706)
+    assert summary["vapo"]["half"] == pytest.approx(1.2706, rel=1e-4)
     # 0.5 − 0.9 and 0.4 − 0.7: mean −0.35, s = √0.005, half = 12.706 · 0.05 = 0.6353
     row = summary["no_clip_higher"]
     assert row["difference"] == pytest.approx(-0.35)
-    assert row["difference_half"] == pytest.approx(0.6353)
+    assert row["difference_half"] == pytest.approx(0.6353, rel=1e-4)
     assert row["fall"] == pytest.approx(0.1)  # seed 0: 0.5 after 0.6, both in its last quarter
     # DAPO's best mean is 0.65, after 8 rollouts = 32 gradient steps; VAPO's mean is 0.65 after
     # 4 = 16; the third never.
@@ -117,10 +117,9 @@ def test_a_best_score_at_the_start_is_no_never():
 
 def test_intervals_and_rank_correlation_by_hand():
     mean, half = report.mean_interval([1.0, 2.0, 3.0])  # s = 1, t = 4.303, √3
-    assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))
+    assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3), rel=1e-4)
     mean, half = report.mean_interval([5.0])
     assert mean == 5 and math.isnan(half)
-    assert report.ranks([3, 1, 3, 2]) == [3.5, 1, 3.5, 2]
     rho = report.rank_correlation([1, 2, 3, 4], [10, 20, 40, 30])
     assert rho == pytest.approx(1 - 6 * 2 / (4 * 15))
 
@@ -132,7 +131,7 @@ def test_the_results_in_this_repository_are_what_their_raw_files_say(tmp_path):
     again, stored = (out / "README.md" for out in (tmp_path, RESULTS))
     assert again.read_text().split() == stored.read_text().split()
     names = re.findall(r"\]\((\w+\.png)\)", again.read_text())
-    assert len(names) == 10 and all((tmp_path / name).stat().st_size > 5000 for name in names)
+    assert len(names) == 8 and all((tmp_path / name).stat().st_size > 5000 for name in names)
 
 
 def test_without_runs_it_writes_nothing_and_without_matplotlib_it_says_so(
@@ -141,5 +140,5 @@ def test_without_runs_it_writes_nothing_and_without_matplotlib_it_says_so(
     assert report.main([f"--out={tmp_path}/none"]) == {}
     assert capsys.readouterr().out.count("\n") == 1 and not (tmp_path / "none").exists()
     monkeypatch.setattr(plot, "find_spec", lambda name: None)
-    said = "pictures need matplotlib: pip install matplotlib"
+    said = "tables and pictures need matplotlib scipy: pip install matplotlib scipy"
     fails_with(capsys, report.main, [f"--out={tmp_path}/none"], said)
