@@ -3,6 +3,7 @@
 Which files and fields are read as problems is written in system/files.py.
 """
 
+from system.equality import normalise, rational
 from system.files import load_problems
 from system.run import BadInput
 
@@ -11,7 +12,12 @@ def prompted_problems(path, tokenizer, settings):
     """`load_problems` and `encode_prompts` as the settings of a run say."""
     s = settings
     how = (s.prompt_template, s.prompt_length, s.chat_template, s.drop_long_prompts)
-    return encode_prompts(load_problems(path), tokenizer, *how)
+    problems = load_problems(path)
+    latex = [a for p in problems if "\\" in (a := p["answer"]) and rational(normalise(a)) is None]
+    if latex and s.verifier == "exact":
+        said = f"{path}: {len(latex)} answers are LaTeX such as {latex[0][:40]}, which is compared"
+        print(f"warning: {said} as it is spelt: --verifier math_verify knows what it means")
+    return encode_prompts(problems, tokenizer, *how)
 
 
 def encode_prompts(

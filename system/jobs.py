@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout  # torch needs it too
 from tqdm import tqdm
 
 from system.run import BadInput
@@ -48,16 +49,13 @@ def side_by_side(jobs, workers):
 @contextmanager
 def locked(directory):
     """While it lasts, no other process has the directory. Raises: BadInput if one has it."""
-    import fcntl  # not on Windows
-
     directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            said = "let it finish, or give another --runs and --out"
-            raise BadInput(f"another ablate.py is at work in {directory}: {said}") from None
-        yield
+    try:
+        with FileLock(directory / "lock", timeout=0):
+            yield
+    except Timeout:
+        said = "let it finish, or give another --runs and --out"
+        raise BadInput(f"another ablate.py is at work in {directory}: {said}") from None
 
 
 def lines_of(path):

@@ -133,6 +133,15 @@ def test_long_prompts_are_counted_and_refused_or_dropped(tokenizer, capsys):
         problems.encode_prompts(rows, tokenizer, 5 * "{problem}", 4, drop_long=True)
 
 
+@pytest.mark.parametrize("verifier, said", [("exact", "1 answers are LaTeX"), ("math_verify", "")])
+def test_answers_that_need_math_verify_are_counted(verifier, said, tmp_path, tokenizer, capsys):
+    rows = [{"problem": "a", "answer": a} for a in (3, "\\frac{1}{2}", "1 + \\sqrt{2}", "b")]
+    (tmp_path / "f.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = SamplingSettings(verifier=verifier)
+    assert len(problems.prompted_problems(tmp_path / "f.jsonl", tokenizer, settings)) == 4
+    assert said in (out := capsys.readouterr().out) and bool(said) == bool(out)
+
+
 def test_problems_of_train_and_test_are_counted_once_each():
     train = [{"problem": "2 +  3?"}, {"problem": "b"}]
     test = [{"problem": "2 + 3? "}, {"problem": "2 + 3?"}, {"problem": "c"}]
