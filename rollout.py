@@ -10,7 +10,7 @@ Shapes: B = P·G rows for P prompts with G samples each, the samples of one prom
 L prompt + response tokens; T response tokens.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 from tqdm import tqdm
@@ -27,7 +27,8 @@ from system.slots import draw, left_padded, sample_in_slots
 from verifier import verify
 
 SCORED_TOKENS = 16384  # of a forward pass, where `generate` has no log-probs to give
-LARGE_GAP = 0.2  # nats a token; rounding to bfloat16 made 0.04 of SmolLM2's
+# Nats a token: float32 rounds by 1e-6, bfloat16 made 0.04 of SmolLM2's.
+SMALL_GAP, LARGE_GAP = 1e-3, 0.2
 
 
 def verifier_of(settings):
@@ -172,8 +173,14 @@ def judge(rows, tokenizer, problems, verify=verify, reward_correct=1.0, reward_w
     rows["reward_B"] = torch.where(rows["correct_B"], reward_correct, reward_wrong)
 
 
-def warn_of_gap(step, gap):
-    """Says where sampler and training code disagree about log π by more than rounding does."""
-    if gap > LARGE_GAP:
+say_once = cache(tqdm.write)
+
+
+def warn_of_gap(step, numbers):
+    """Says that the policy loss is corrected, and where a gap is more than rounding."""
+    if numbers["importance"] != 1:
+        said = "the sampler's log-probs are not quite the training's (sampler_gap): the policy loss"
+        say_once(f"note: {said} is corrected by importance weights, see --is_clip")
+    if (gap := numbers["sampler_gap"]) > LARGE_GAP:
         said = "was sampled from another distribution than is trained: sampler_gap"
         tqdm.write(f"warning: rollout {step} {said} {gap:.2f}")

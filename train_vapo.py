@@ -93,8 +93,9 @@ class Settings(flags.TrainingSettings):
     eps_high: float = flag(0.28, "upper clip range", POSITIVE)
     mu: float = flag(0.1, "weight of the positive-example NLL", NOT_NEGATIVE)
     value_clip: float = flag(0.0, "clip range of the value loss; 0: none", NOT_NEGATIVE)
-    is_clip: float = flag(None, "cap of importance weights; 0: none; default: 2 with vllm or 0", (
+    is_clip: float = flag(None, "cap of importance weights; 0: none; default: 2 where needed", (
         "is 0 or at least 1", lambda cap: cap == 0 or cap >= 1))
+    mask_truncated: bool = flag(False, "leave truncated answers out of the policy's loss only")
     whiten: bool = flag(False, "whiten the advantages over the rollout")
 
     critic_free: bool = flag(False, "group-relative advantages (GRPO, DAPO); no pieces 1 to 3")
@@ -152,7 +153,8 @@ def score(policy, critic, rows, settings):
 def advantages(rows, settings):
     """Adds importance_BT and adv_BT and, with a critic, lam_B and target_BT to a scored rollout."""
     mask_BT, old_logp_BT = table.response_mask(rows), rows["old_logp_BT"]
-    cap = settings.is_clip if settings.is_clip is not None else 2.0 * (settings.engine == "vllm")
+    if (cap := settings.is_clip) is None:  # by need: more than float32's rounding
+        cap = 2.0 * (table.sampler_gap(rows).item() > rollout.SMALL_GAP)
     weight_BT = losses.importance_weight(old_logp_BT, rows["sampled_logp_BT"], cap or None)
     rows["importance_BT"] = weight_BT * mask_BT
     if settings.critic_free:  # arXiv 2402.03300 §4.1
@@ -176,7 +178,8 @@ def weights(batch, settings):
     Each sums to one over the whole of it: made before it is cut into micro-batches (§4.2)."""
     mask_BT = table.response_mask(batch)
     how = "token" if settings.token_level_loss else "sample"  # piece 4
-    batch["policy_weight_BT"] = losses.token_weights(mask_BT, how)
+    policy_BT = mask_BT * batch["stop_B"][:, None] if settings.mask_truncated else mask_BT
+    batch["policy_weight_BT"] = losses.token_weights(policy_BT, how)
     batch["critic_weight_BT"] = losses.token_weights(mask_BT, "token")
     correct_BT = mask_BT * batch["correct_B"][:, None]
     batch["nll_weight_BT"] = losses.token_weights(correct_BT, "token")  # piece 6
@@ -262,7 +265,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems)
 
         progress |= {"step": step, "sampled": progress["sampled"] + drawn["answers"]}
         numbers = table.rollout_metrics(rows) | drawn | {"answers": progress["sampled"]}
-        rollout.warn_of_gap(step, numbers["sampler_gap"])
+        rollout.warn_of_gap(step, numbers)
         if critic and world:  # the truth is known there
             numbers |= toy.score_critic(world, problems, tokenizer, rows, rows["old_value_BT"])
         numbers |= metrics.means(updates) | metrics.speeds(seconds, rows)

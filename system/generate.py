@@ -1,6 +1,7 @@
 """Sampling with transformers' `generate` (--engine hf): the plain reference for slots.py."""
 
 import torch
+from transformers import GenerationConfig
 
 from system.loading import autocast
 from system.slots import left_padded
@@ -10,8 +11,10 @@ def sample_with_generate(
     policy, prompts, samples, max_tokens, temperature, top_p, generator, eos_N, slots, bar
 ):
     """As `slots.sample_in_slots`, a batch of prompts at a time, from a seed of the generator's.
-    Returns no log-probs: `generate` would hold the logits of all tokens to tell."""
+    The model's own generation_config (a penalty of repetitions, min-p, …) is laid aside: π is what
+    the flags say. Returns no log-probs: `generate` would hold the logits of all tokens to tell."""
     device, count, parts = policy.device, max(1, slots // samples), []
+    own, policy.generation_config = policy.generation_config, GenerationConfig()
     drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     how = drawn if temperature else {"do_sample": False}
     for start in range(0, len(prompts), count):
@@ -29,6 +32,7 @@ def sample_with_generate(
         missing = max_tokens + width - both_BL.shape[1]
         parts.append(torch.nn.functional.pad(both_BL[:, width:], (0, missing)))
         bar.update(len(both_BL))
+    policy.generation_config = own
     token_BT = torch.cat(parts)
     ends_BT = torch.isin(token_BT, eos_N)
     stop_B = ends_BT.any(dim=1)

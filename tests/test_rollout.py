@@ -125,6 +125,19 @@ def test_greedy_answers_are_the_same_whatever_the_engine_the_slots_and_the_room_
             assert torch.equal(rows[name], expected[name]), (columns, count, name)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("engine", ["slots", "hf"])
+def test_the_models_own_generation_config_changes_no_distribution(
+    policy, tokenizer, problems, engine, temperature
+):
+    plain = draw_answers(policy, tokenizer, problems, temperature=temperature, engine=engine)
+    own = {"repetition_penalty": 1.3, "min_p": 0.4, "no_repeat_ngram_size": 1, "top_k": 2}
+    policy.generation_config.update(**own)
+    rows = draw_answers(policy, tokenizer, problems, temperature=temperature, engine=engine)
+    assert torch.equal(rows["token_BL"], plain["token_BL"])
+    assert policy.generation_config.repetition_penalty == 1.3  # and it is still the model's
+
+
 def test_a_slot_is_free_again_as_soon_as_its_answer_ends(policy, tokenizer, problems, monkeypatch):
     # Two slots, three answers of 5, 1 and 3 tokens: the third takes the second's slot, and five
     # steps do for all nine tokens.

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -384,6 +385,31 @@ def test_a_sampler_that_is_not_the_policy_is_reported(world, tmp_path, monkeypat
     vapo_run(world, tmp_path, *FAST)
     said = "warning: rollout 1 was sampled from another distribution than is trained: sampler_gap"
     assert said in capsys.readouterr().out
+
+
+def test_the_policy_loss_is_corrected_by_need():
+    """π_old / π_sampler = e^0.5 = 1.65 and e^1 = 2.72, capped at 2; a gap of 1e-4 is rounding."""
+    rows = {"length_B": torch.tensor([2]), "old_logp_BT": torch.tensor([[-1.0, -1.0]]),
+            "reward_B": torch.ones(1), "prompt_length_B": torch.ones(1)}  # fmt: skip
+    settings = train_vapo.Settings(critic_free=True, samples=1)
+    for sampled, cap, expected in (
+        ([-1.5, -2.0], None, [math.exp(0.5), 2.0]), ([-1.0001, -1.0], None, [1.0, 1.0]),
+        ([-1.5, -2.0], 0.0, [1.0, 1.0]), ([-1.5, -2.0], 3.0, [math.exp(0.5), math.e]),
+    ):  # fmt: skip
+        rows["sampled_logp_BT"] = torch.tensor([sampled])
+        train_vapo.advantages(rows, replace(settings, is_clip=cap))
+        assert rows["importance_BT"].tolist() == [pytest.approx(expected)]
+
+
+def test_masked_truncated_answers_have_no_weight_for_the_policy_and_all_for_the_critic():
+    """Answers of 1 and 3 tokens, the second cut: by tokens ¼ each; masked, the first alone."""
+    rows = {"length_B": torch.tensor([1, 3]), "stop_B": torch.tensor([True, False]),
+            "correct_B": torch.tensor([True, False])}  # fmt: skip
+    for masked, expected in ((False, [[0.25, 0, 0], [0.25, 0.25, 0.25]]),
+                             (True, [[1, 0, 0], [0, 0, 0]])):  # fmt: skip
+        train_vapo.weights(rows, train_vapo.Settings(mask_truncated=masked))
+        assert rows["policy_weight_BT"].tolist() == expected
+        assert rows["critic_weight_BT"].tolist() == [[0.25, 0, 0], [0.25, 0.25, 0.25]]
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_again(world, tmp_path, monkeypatch):
