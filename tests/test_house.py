@@ -1,6 +1,7 @@
 """The rooms of the house: who may import whom, and how large they are."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,16 @@ def test_the_house_is_small():
 
 def test_the_readme_is_a_front_door():
     assert len((ROOT / "README.md").read_bytes()) <= 14_000
+
+
+def test_the_readme_counts_the_lines_of_the_seven_functions():
+    text = (ROOT / "README.md").read_text()
+    named = re.findall(r"`(\w+)\.(?:\w+\.)?(\w+)`, (\d+)", text)
+    assert len(named) == 7
+    for module, name, count in named:
+        nodes = ast.walk(ast.parse((ROOT / f"{module}.py").read_text()))
+        own = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name == name]
+        assert [node.end_lineno - node.lineno + 1 for node in own] == [int(count)], name
 
 
 def test_system_names_all_its_files():
