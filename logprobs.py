@@ -12,19 +12,26 @@ Shapes: B rows, T response tokens, N = B·T tokens, V vocabulary, S words of a s
 
 import torch
 
-SLICE = 2**21  # numbers in one slice of logits: 8 MB in float32, which caches and malloc like
+SLICE = 2**21  # numbers in one slice of logits on a CPU: 8 MB in float32, which its caches hold
 KEEP = 2**26  # numbers kept for the backward pass: 256 MB in float32
+
+
+def slice_on_gpu(memory):
+    """Numbers in one slice of logits, float32, for 1/160 of a GPU's memory (bytes). Every slice is
+    eighty kernels, and reads all hidden states: a GPU, unlike a CPU's caches, wants large ones."""
+    return int(memory) // 640
 
 
 def logits(hidden_ND, weight_SD, bias_S, temperature, scale, softcap):
     """The logits of a slice of words, float32; the product takes the dtype of its arguments.
 
     z = scale · (W h + b),   z ← c tanh(z / c) if the model caps at c,   z ← z / temperature
+
+    In bfloat16 the sum of a product is float32: a GPU gives it unrounded (0.02 nats, at most 0.14).
     """
-    if bias_S is None:
-        logit_SN = (weight_SD @ hidden_ND.T).float()
-    else:
-        logit_SN = torch.addmm(bias_S[:, None], weight_SD, hidden_ND.T).float()
+    low = weight_SD.is_cuda and weight_SD.dtype != torch.float32  # a CPU has no such product
+    logit_SN = torch.mm(weight_SD, hidden_ND.T, **{"out_dtype": torch.float32} if low else {})
+    logit_SN = logit_SN.float() if bias_S is None else logit_SN.float() + bias_S[:, None]
     if scale != 1.0:
         logit_SN = logit_SN * scale
     if softcap is not None:
@@ -78,7 +85,7 @@ class TokenLogprobs(torch.autograd.Function):
         kept = []
         for start in range(0, len(weight_VD), words):
             part = slice(start, start + words)
-            bias_S = None if bias_V is None else bias_V[part].to(dtype)
+            bias_S = None if bias_V is None else bias_V[part]
             logit_SN = logits(cast_ND, weight_VD[part].to(dtype), bias_S, *transform)
             highest_N, sum_N, product_N = kernels[0](logit_SN, highest_N, sum_N, product_N)
             inside_N, index_1N = where_taken(token_N, start, len(logit_SN))
@@ -105,7 +112,7 @@ class TokenLogprobs(torch.autograd.Function):
             weight_SD = weight_VD[part].to(dtype)
             logit_SN, kept[i] = kept[i], None
             if logit_SN is None:
-                bias_S = None if bias_V is None else bias_V[part].to(dtype)
+                bias_S = None if bias_V is None else bias_V[part]
                 logit_SN = logits(cast_ND, weight_SD, bias_S, *transform)
             inside_N, index_1N = where_taken(token_N, start, len(logit_SN))
             slope_1N = transform_slope(logit_SN.gather(0, index_1N), *transform)
@@ -137,12 +144,14 @@ def token_logprobs(
 
     Args: hidden_BTD, the states that predict token_BT; weight_VD and bias_V, the output matrix;
         temperature, the sampler's; scale and softcap, the model's own transform of its logits;
-        kernels, `add_slice` and `slice_gradient` or their compiled forms; words, of a slice
-        (default: as many as SLICE allows); keep, logits kept for the backward pass (see above).
+        kernels, `add_slice` and `slice_gradient` or their compiled forms; words, of a slice (by
+        default as many as the device likes); keep, logits kept for the backward pass (see above).
     Returns: (logp_BT, entropy_BT), float32, in nats. The product takes the dtype of autocast.
     """
     hidden_ND, token_N = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), token_BT.reshape(-1)
-    words = min(len(weight_VD), words or max(1, SLICE // max(1, len(token_N))))
+    cuda = token_N.is_cuda and torch.cuda.get_device_properties(token_N.device)
+    numbers = slice_on_gpu(cuda.total_memory) if cuda else SLICE
+    words = min(len(weight_VD), words or max(1, numbers // max(1, len(token_N))))
     keep = max(KEEP, weight_VD.numel()) if keep is None else keep
     how = ((temperature, scale, softcap), kernels, words, keep if torch.is_grad_enabled() else 0)
     logp_N, entropy_N = TokenLogprobs.apply(hidden_ND, weight_VD, bias_V, token_N, *how)

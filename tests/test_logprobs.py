@@ -1,9 +1,14 @@
 """logprobs.py: equal to log_softmax and its gradient, whatever the chunks, compiled or not."""
 
+from collections import Counter
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from logprobs import add_slice, slice_gradient, token_logprobs
+from lab.dryrun import Live
+from logprobs import add_slice, logits, slice_gradient, slice_on_gpu, token_logprobs
 from losses import policy_loss, value_loss
 
 
@@ -79,3 +84,46 @@ def test_compiled_kernels_equal_eager_ones(device):
                 rtol=1e-5,
                 atol=1e-5,
             )
+
+
+class Count(TorchDispatchMode):
+    """Counts the kernels called under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.counted = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counted[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_with_a_gpus_slices_a_micro_batch_takes_hundreds_of_kernels():
+    """16,384 tokens, 151,936 words, width 896 on a GPU of 80 GB: 80e9 / 640 = 125,000,000 numbers a
+    slice, 7,629 words, 20 slices (a CPU's slice: 1,187 of 128 words, 100,000 kernels)."""
+    tokens, vocabulary, width = 16_384, 151_936, 896
+    words = slice_on_gpu(80e9) // tokens
+    assert -(-vocabulary // words) == 20
+    with FakeTensorMode():  # imagined: no numbers, no memory
+        hidden = torch.empty(1, tokens, width, requires_grad=True)
+        weight = torch.empty(vocabulary, width, requires_grad=True)
+        token = torch.empty(1, tokens, dtype=torch.long)
+        with Count() as count, Live() as live:
+            logp, _ = token_logprobs(hidden, weight, token, words=words)
+            logp.sum().backward()
+    # A slice: 1 product forward, 2 back, and 1 again for the 19 that are not kept (one is: it has
+    # 7,629 · 16,384 numbers, the output matrix 151,936 · 896, which is a little more).
+    assert count.counted["aten.mm.default"] == 20 * 3 + 19
+    views = ("slice", "view", "transpose", "t.", "unsqueeze", "select", "expand", "detach")
+    kernels = sum(n for name, n in count.counted.items() if not any(v in name for v in views))
+    assert kernels < 1700  # uncompiled
+    # Alive at once: five slices, the kept one, the matrix's gradient, three times hidden states.
+    assert live.peak < 4 * (6 * words * tokens + vocabulary * width + 3 * tokens * width)
+
+
+def test_on_a_gpu_the_product_of_bfloat16_numbers_is_float32():
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad(), Count() as count:
+        states = torch.empty(4, 8, dtype=torch.bfloat16)
+        z = logits(states, torch.empty(100, 8, dtype=torch.bfloat16), None, 1.0, 1.0, None)
+    assert z.dtype == torch.float32 and z.shape == (100, 4)
+    assert count.counted["aten.mm.dtype"] == 1
