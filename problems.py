@@ -5,7 +5,7 @@ Which files and fields are read as problems is written in system/files.py.
 
 from system.equality import normalise, rational
 from system.files import load_problems
-from system.run import BadInput
+from system.run import require
 
 
 def prompted_problems(path, tokenizer, settings):
@@ -45,17 +45,11 @@ def encode_prompts(
     good = [problem for problem in problems if 0 < len(problem["prompt"]) <= prompt_length]
     bad = [problem for problem in problems if not 0 < len(problem["prompt"]) <= prompt_length]
     if bad:
-        where = bad[0].get("where", "problem")
-        said = f"longer than --prompt_length {prompt_length}"
-        if not good and drop_long:
-            raise BadInput(f"all {len(bad)} prompts, from {where} on, are {said}: raise it")
-        if not drop_long:
-            first = f"the first, of {len(bad[0]['prompt'])} tokens: {where}"
-            raise BadInput(
-                f"{len(bad)} of {len(problems)} prompts are {said} (or empty); {first} "
-                f"({bad[0]['problem'][:40]!r}); raise it, or --drop_long_prompts"
-            )
-        print(f"warning: dropped {len(bad)} of {len(problems)} problems: their prompts are {said}")
+        said = f"{len(bad)} of {len(problems)} prompts are longer than --prompt_length"
+        said += f" {prompt_length} (or empty), the first, of {len(bad[0]['prompt'])} tokens:"
+        said += f" {bad[0].get('where', 'problem')} ({bad[0]['problem'][:40]!r})"
+        require(good and drop_long, f"{said}; raise it, or --drop_long_prompts if some are good")
+        print(f"warning: {said}: dropped")
     return good
 
 

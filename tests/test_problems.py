@@ -128,8 +128,8 @@ def test_long_prompts_are_counted_and_refused_or_dropped(tokenizer, capsys):
         problems.encode_prompts(rows, tokenizer, "{problem}", 4)
     kept = problems.encode_prompts(rows, tokenizer, "{problem}", 4, drop_long=True)
     assert [len(row["prompt"]) for row in kept] == [1, 2]
-    assert "dropped 2 of 4 problems" in capsys.readouterr().out
-    with pytest.raises(BadInput, match="all 4 prompts"):
+    assert "warning: 2 of 4 prompts" in (out := capsys.readouterr().out) and "dropped" in out
+    with pytest.raises(BadInput, match="4 of 4 prompts"):
         problems.encode_prompts(rows, tokenizer, 5 * "{problem}", 4, drop_long=True)
 
 
