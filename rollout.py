@@ -78,10 +78,9 @@ def judged_batch(sampler, tokenizer, problems, verify, settings, generators, pro
 
 def judged(sampler, tokenizer, problems, chosen, verify, samples, settings, generator, label):
     """`samples` judged answers to each of the chosen problems (indices)."""
-    with loading.on_device(sampler, settings):
-        rows = sample(sampler, tokenizer, [problems[i] for i in chosen], samples,
-                      settings.response_length, settings.temperature, generator,
-                      settings.sample_rows, progress=label, engine=settings.engine)  # fmt: skip
+    rows = sample(sampler, tokenizer, [problems[i] for i in chosen], samples,
+                  settings.response_length, settings.temperature, generator,
+                  settings.sample_rows, progress=label, engine=settings.engine)  # fmt: skip
     rows["problem_B"] = rows["problem_B"].new_tensor(chosen)[rows["problem_B"]]
     judge(rows, tokenizer, problems, verify, settings.reward_correct, settings.reward_wrong)
     return rows

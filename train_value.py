@@ -76,7 +76,7 @@ def value_gradients(critic, batch, settings, value_clip=None, shift=0):
         shift, 0 for V before each token, 1 for the score after it.
     Returns: the loss, this rank's part of it.
     """
-    value_loss = run.kernel(losses.value_loss, settings.compile, loading.device_of(critic))
+    value_loss = run.kernel(losses.value_loss, settings.compile, critic.device)
     total = 0.0
     for index in distributed.deal(table.micro_batches(batch, settings.micro_batch_tokens)):
         micro = table.take(batch, index)
@@ -196,7 +196,7 @@ def stop_if_asked(out, number=0):
 
 def sampled_answers(settings, out, policy, tokenizer, problems):
     """Judged rows from the frozen policy; stored, so that a second run on them samples nothing."""
-    device = loading.device_of(policy)
+    device = policy.device
     path = Path(settings.reuse_answers or out / "answers.pt")
     # What the answers depend on: those of another policy, file, … must not be used in silence.
     names = ["prompt_template", "chat_template", "response_length", "temperature", "verifier",
@@ -256,7 +256,7 @@ def pretrain(settings, policy=None):
     flags.require_same(out, settings, ways=("init", "reuse_answers"))
     set_up = model.set_up(settings, [settings.train], [settings.init], policy)
     policy, tokenizer, (problems,) = set_up
-    device = loading.device_of(policy)
+    device = policy.device
     stop_if_asked(out)
     rows = sampled_answers(settings, out, policy, tokenizer, problems)
     stop_if_asked(out)

@@ -186,7 +186,7 @@ def policy_gradients(policy, batch, settings):
     """Adds the gradients of L_PPO + μ L_NLL over a mini-batch. Returns: this rank's metrics."""
     eps_high = settings.eps_high if settings.clip_higher else settings.eps_low  # piece 5, §4.3
     mu = settings.mu if settings.positive_nll else 0.0  # piece 6, §4.3
-    policy_loss = run.kernel(losses.policy_loss, settings.compile, loading.device_of(policy))
+    policy_loss = run.kernel(losses.policy_loss, settings.compile, policy.device)
     clip = (settings.eps_low, eps_high)
     sums = {}
     for index in distributed.deal(table.micro_batches(batch, settings.micro_batch_tokens)):
@@ -213,7 +213,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems)
         learners = {"critic": Learner(critic, settings.critic_lr, *limits)} | learners
     generators = {
         "order": seeded_generator(settings.seed, "data order"),
-        "sample": seeded_generator(settings.seed, "sampling", loading.device_of(policy)),
+        "sample": seeded_generator(settings.seed, "sampling", policy.device),
         "mini_batch": seeded_generator(settings.seed, "mini-batches"),
     }
     progress = checkpoint.resume(run_dir, learners, generators)
@@ -311,7 +311,7 @@ def main(argv=None):
     with run.finishing_the_step():
         files, critics = (settings.train, settings.test), (settings.critic, settings.reward_model)
         policy, tokenizer, (problems, test_problems) = model.set_up(settings, files, critics)
-        device, critic = loading.device_of(policy), None
+        device, critic = policy.device, None
         print(f"{settings.preset}: {run.describe(device)}")
         if not settings.resume:
             flags.save_config(run_dir, settings, device)

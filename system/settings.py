@@ -80,14 +80,12 @@ class SamplingSettings(Settings):
     engine: Literal["slots", "hf", "vllm"] = flag(
         "slots", "slots: our fast sampler; hf: transformers' generate; vllm: if it is installed")
     sample_rows: int = flag(256, "answers that are sampled side by side", AT_LEAST_1)
-    compile_decode: bool = flag(False, "--engine slots: torch.compile its step (slow on a CPU)")
     vllm_memory: float = flag(0.3, "vllm: share of a GPU's memory", ABOVE_0_SHARE, may_change=True)
     tensor_parallel: int = flag(1, "vllm: GPUs that hold one copy", AT_LEAST_1, may_change=True)
 
     def check(self):
         super().check()
-        slots, parallel, processes = self.engine == "slots", self.tensor_parallel, self.processes()
-        require(slots or not self.compile_decode, "--compile_decode is for --engine slots")
+        parallel, processes = self.tensor_parallel, self.processes()
         require(parallel == 1 or self.engine == "vllm", "--tensor_parallel is for --engine vllm")
         said = f"the number of processes (torchrun), {processes}, is no multiple of it"
         require(processes % parallel == 0, f"--tensor_parallel {parallel}: {said}")
@@ -112,14 +110,7 @@ class TrainingSettings(SamplingSettings):
     compile: bool = flag(None, "torch.compile the loss and log-prob kernels; default: on cuda")
     micro_batch_tokens: int = flag(16384, "tokens of a pass, padded", AT_LEAST_1, may_change=True)
     gradient_checkpointing: bool = flag(False, "less memory, but more time", may_change=True)
-    cpu_offload: bool = flag(False, "torchrun: weights stay in the CPU's memory", may_change=True)
     # fmt: on
-
-    def check(self):
-        super().check()
-        cuda = pick_device(self.device).type == "cuda"
-        said = "--cpu_offload keeps a GPU's memory free: it is for CUDA"
-        require(cuda or not self.cpu_offload, said)
 
 
 def parse(settings_class, argv, description, defaults=None):

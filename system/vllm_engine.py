@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from system import distributed
-from system.loading import device_of
 from system.run import BadInput, require
 
 ENGINES = {}  # by what it was loaded for
@@ -61,7 +60,7 @@ class Engine:
         said = f"--engine vllm: {settings.model} {said}: leave --engine out"
         require(all(parameter.dim() < 3 for parameter in policy.parameters()), said)
         os.environ.update(ENVIRONMENT | os.environ)  # before the import
-        self.device, self.generation_config = device_of(policy), policy.generation_config
+        self.device, self.generation_config = policy.device, policy.generation_config
         self.tensor_parallel = settings.tensor_parallel
         try:
             import vllm

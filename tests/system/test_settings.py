@@ -111,5 +111,5 @@ def test_every_setting_that_may_change_changes_no_number():
     may = {known.name for known in fields(train_vapo.Settings) if known.metadata["may_change"]}
     assert may == {
         "resume", "steps", "eval_every", "save_every", "micro_batch_tokens", "vllm_memory",
-        "gradient_checkpointing", "cpu_offload", "tensor_parallel",
+        "gradient_checkpointing", "tensor_parallel",
     }  # fmt: skip
