@@ -116,7 +116,7 @@ def sample(
     eos_N = torch.tensor(loading.eos_ids(policy, tokenizer), device=device)
     hidden = progress is None or distributed.rank() > 0
     bar = tqdm(total=len(own) * samples, desc=progress, unit="answer", disable=hidden, leave=False)
-    if not own:  # fewer problems than ranks
+    if not own and engine != "vllm":  # fewer problems than ranks; vLLM's compare their answers
         token_BT = torch.zeros(0, max_tokens, dtype=torch.long, device=device)
         logp_BT = None if engine == "hf" else token_BT.float()
         columns = token_BT, logp_BT, token_BT[:, 0], token_BT[:, 0].bool()

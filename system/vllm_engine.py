@@ -106,7 +106,8 @@ class Engine:
         seed = int(torch.randint(2**62, (1,), generator=generator, device=self.device))
         with random_numbers_of_its_own(self.device, seed):
             asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-            outputs = self.llm.generate(asked, params, use_tqdm=not bar.disable)  # a bar of its own
+            bar_of_its_own = {"use_tqdm": not bar.disable}
+            outputs = self.llm.generate(asked, params, **bar_of_its_own) if asked else []
         answers = [a for one in outputs for a in sorted(one.outputs, key=lambda a: a.index)]
         if len(answers) != len(prompts) * samples:
             raise RuntimeError(f"vLLM returned {len(answers)} of {len(prompts) * samples} answers")
