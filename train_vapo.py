@@ -98,7 +98,8 @@ class Settings(flags.TrainingSettings):
     whiten: bool = flag(False, "whiten the advantages over the rollout")
 
     critic_free: bool = flag(False, "group-relative advantages (GRPO, DAPO); no pieces 1 to 3")
-    dynamic_sampling: int = flag(0, "DAPO: only mixed groups, from at most N batches", NOT_NEGATIVE)
+    dynamic_sampling: int = flag(
+        0, "DAPO: only mixed groups, from at most N batches", NOT_NEGATIVE, may_change="above 0")
     overlong: float = flag(0.0, "DAPO: punish length over this last share of the limit", SHARE)
 
     pretrain_answers: int = flag(4096, "value pretraining: answers to sample", AT_LEAST_1)
@@ -313,8 +314,7 @@ def main(argv=None):
         policy, tokenizer, (problems, test_problems) = model.set_up(settings, files, critics)
         device, critic = policy.device, None
         print(f"{settings.preset}: {run.describe(device)}")
-        if not settings.resume:
-            flags.save_config(run_dir, settings, device)
+        flags.save_config(run_dir, settings, device)  # of a resumed run too: some may change
         if not settings.critic_free:
             start = starting_critic(settings, run_dir, policy)  # piece 1
             critic = loading.load_critic(start, device, dtype=settings.dtype)

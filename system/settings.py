@@ -38,7 +38,8 @@ PROMPT = (  # DAPO's wording
 
 def flag(default, help, allowed=None, may_change=False):
     """A settings field: a flag, its default, its line of help, what its value may be, and whether
-    a resumed run may have another one, for it changes no number."""
+    a resumed run may have another one (True; "above 0": one above 0 for another), for it changes no
+    number but by rounding (micro_batch_tokens) or the random numbers drawn (tensor_parallel)."""
     metadata = {"help": help.replace("%", "%%"), "allowed": allowed, "may_change": may_change}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -184,8 +185,12 @@ def resumed(settings_class, argv, description, run_dir):
 
 def changed(saved, settings):
     """Names of the settings that differ from the dict `saved`, but for those that may."""
-    names = [known.name for known in fields(settings) if not known.metadata["may_change"]]
-    return [name for name in names if saved.get(name) != getattr(settings, name)]
+
+    def allowed(known):
+        before, now, may = saved.get(known.name), getattr(settings, known.name), known.metadata
+        return before == now or may["may_change"] is True or (may["may_change"] and before and now)
+
+    return [known.name for known in fields(settings) if not allowed(known)]
 
 
 def require_same(out, settings, ways):
