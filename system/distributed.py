@@ -11,7 +11,7 @@ gradients and optimiser states on each rank. In one process nothing here does an
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import wraps
 
@@ -95,13 +95,15 @@ def name_missing_ranks(error):
     if world() > 1:
         print(f"error on rank {rank()}: {first_line(error)}", file=sys.stderr, flush=True)
         where = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        store = dist.TCPStore(*where, timeout=timedelta(seconds=15))  # torchrun's
-        store.set(f"ended/{rank()}", "")
-        time.sleep(15)  # as soon as one has ended, torchrun ends the others
-        silent = [str(i) for i in range(world()) if not store.check([f"ended/{i}"])]
-        if silent and not rank():
-            said = f"dead, hanging or ended: rank {', '.join(silent)}"
-            print(f"error on rank 0: {said}", file=sys.stderr, flush=True)
+        ended = f"ended/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/"  # torchrun --max-restarts
+        with suppress(RuntimeError):  # of the store: it must not hide the error
+            store = dist.TCPStore(*where, timeout=timedelta(seconds=15))  # torchrun's
+            store.set(f"{ended}{rank()}", "")
+            time.sleep(15)  # as soon as one has ended, torchrun ends the others
+            silent = [str(i) for i in range(world()) if not store.check([f"{ended}{i}"])]
+            if silent and not rank():
+                said = f"dead, hanging or ended: rank {', '.join(silent)}"
+                print(f"error on rank 0: {said}", file=sys.stderr, flush=True)
 
 
 def all_ranks(value):
