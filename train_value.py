@@ -309,7 +309,7 @@ def starting_critic(settings, run_dir, policy):
                        "batch": max(Settings.batch, distributed.world())}  # fmt: skip
             pretrain(Settings(**shared | own), policy)
             gc.collect()  # its critic
-        checkpoint.remove(out)  # after a kill between critic/ and that
+        checkpoint.remove(out)  # a kill may have left them beside critic/
         return str(out / "critic")
 
     if settings.critic:

@@ -53,9 +53,10 @@ def exit_on_bad_input(main):
             return main(argv)
         except BadInput as error:
             rank, code = os.environ.get("RANK", "0"), 2
-            if rank != "0":  # where rank 0 says the same, torchrun ends this one in its sleep
+            who = f" on rank {rank}" if rank != "0" else ""
+            if who:  # where rank 0 says the same, torchrun ends this one in its sleep
                 time.sleep(5)
-            said = f"error{f' on rank {rank}' * (rank != '0')}: {' '.join(str(error).split())}"
+            said = f"error{who}: {' '.join(str(error).split())}"
         except KeyboardInterrupt:
             by = STOP[0] if STOP else signal.SIGINT
             said, code = "stopped at once; what was saved before stays", 128 + by
