@@ -126,9 +126,8 @@ def evaluate_in_run(step, sampler, critic, tokenizer, problems, settings, verify
     """An evaluation at T = 1 during training, with a few answers for samples.jsonl.
     Returns: (metrics, the same for the log, each as test_NAME, and seconds_eval)."""
     started, samples = time.time(), settings.eval_samples
-    with loading.on_device(sampler, settings):
-        how = (settings, verify, 1.0, f"evaluation {step}")
-        metrics, rows, _ = evaluate(sampler, tokenizer, problems, samples, *how)
+    how = (settings, verify, 1.0, f"evaluation {step}")
+    metrics, rows, _ = evaluate(sampler, tokenizer, problems, samples, *how)
     log.samples(step, describe_samples(critic, tokenizer, problems, rows, samples))
     numbers = {f"test_{name}": value for name, value in metrics.items()}
     return metrics, numbers | {"seconds_eval": time.time() - started}

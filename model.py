@@ -13,7 +13,7 @@ import logprobs
 from problems import prompted_problems, repeated
 from system import loading
 from system.distributed import add_up, deal, gathers
-from system.loading import autocast, device_of, value_head
+from system.loading import autocast, value_head
 from system.run import kernel, pick_device
 from table import micro_batches, response_mask, response_tokens, take
 
@@ -64,9 +64,8 @@ def response_hidden(trunk, rows, shift=0):
 def policy_logprobs(policy, rows, temperature, compile=False):
     """(logp_BT, entropy_BT) of the response tokens under the policy, float32, 0 on padding.
     Args: temperature, the sampler's; compile, of the kernels (see `system.run.kernel`)."""
-    device = device_of(policy)
     functions = (logprobs.add_slice, logprobs.slice_gradient)
-    kernels = tuple(kernel(function, compile, device) for function in functions)
+    kernels = tuple(kernel(function, compile, policy.device) for function in functions)
     with autocast(policy):
         hidden_BTD = response_hidden(policy.base_model, rows)
         head = policy.get_output_embeddings()

@@ -79,10 +79,9 @@ def judged_batch(sampler, tokenizer, problems, verify, settings, generators, pro
 
 def judged(sampler, tokenizer, problems, chosen, verify, samples, settings, generator, label):
     """`samples` judged answers to each of the chosen problems (indices)."""
-    with loading.on_device(sampler, settings):
-        rows = sample(sampler, tokenizer, [problems[i] for i in chosen], samples,
-                      settings.response_length, settings.temperature, generator,
-                      settings.sample_rows, progress=label, engine=settings.engine)  # fmt: skip
+    rows = sample(sampler, tokenizer, [problems[i] for i in chosen], samples,
+                  settings.response_length, settings.temperature, generator,
+                  settings.sample_rows, progress=label, engine=settings.engine)  # fmt: skip
     rows["problem_B"] = rows["problem_B"].new_tensor(chosen)[rows["problem_B"]]
     judge(rows, tokenizer, problems, verify, settings.reward_correct, settings.reward_wrong)
     return rows
@@ -118,7 +117,7 @@ def sample(
     eos_N = torch.tensor(loading.eos_ids(policy, tokenizer), device=device)
     hidden = progress is None or distributed.rank() > 0
     bar = tqdm(total=len(own) * samples, desc=progress, unit="answer", disable=hidden, leave=False)
-    if not own:  # fewer problems than ranks
+    if not own and engine != "vllm":  # fewer problems than ranks; vLLM's compare their answers
         token_BT = torch.zeros(0, max_tokens, dtype=torch.long, device=device)
         logp_BT = None if engine == "hf" else token_BT.float()
         columns = token_BT, logp_BT, token_BT[:, 0], token_BT[:, 0].bool()

@@ -190,9 +190,9 @@ def defaults(script, model):
 
 def world_of(path, tokenizer):
     """The directory of the world whose problems `path` holds, or None: is the truth known there?"""
-    directory = Path(path).parent
-    known = (directory / "world.json").is_file() and ANSWER in tokenizer.get_vocab()
-    return directory if known else None
+    directory, name = Path(path).parent, Path(path).name
+    known = (directory / "world.json").is_file() and name in ("train.jsonl", "test.jsonl")
+    return directory if known and ANSWER in tokenizer.get_vocab() else None
 
 
 def score_critic(world_dir, problems, tokenizer, rows, value_BT):

@@ -64,8 +64,9 @@ class Settings(flags.TrainingSettings):
     def check(self):
         super().check()
         groups, processes = -(-self.answers // self.samples), distributed.world()
-        said = f"{groups} problems for {processes} processes: each needs one"
-        require(groups >= processes, f"--answers / --samples: {said}")
+        for count, what in ((groups, "--answers / --samples"), (self.batch, "--batch")):
+            said = f"{what} is {count} for {processes} processes: each needs one at least"
+            require(count >= processes, said)
 # fmt: on
 
 
@@ -76,7 +77,7 @@ def value_gradients(critic, batch, settings, value_clip=None, shift=0):
         shift, 0 for V before each token, 1 for the score after it.
     Returns: the loss, this rank's part of it.
     """
-    value_loss = run.kernel(losses.value_loss, settings.compile, loading.device_of(critic))
+    value_loss = run.kernel(losses.value_loss, settings.compile, critic.device)
     total = 0.0
     for index in distributed.deal(table.micro_batches(batch, settings.micro_batch_tokens)):
         micro = table.take(batch, index)
@@ -138,7 +139,13 @@ def fit(settings, out, critic, tokenizer, rows, held_out_rows, truth):
     log = run.Log(out, after=progress["step"] if progress else -1)
     progress = progress or {"step": 0, "passes": -1, "worse": 0, "best": None, "done": False}
     bar = tqdm(total=limit, initial=progress["step"], desc="value: fitting", unit="step",
-               leave=False, disable=distributed.rank() > 0)  # fmt: skip
+               disable=distributed.rank() > 0)  # fmt: skip
+
+    def keep_best():  # after the save, so best/ is never of a pass that is not saved
+        if progress["best"] and progress["best_step"] == progress["step"]:
+            checkpoint.export(critic, tokenizer, out / "best")
+
+    keep_best()  # a kill may have come between
     # Pass 0 fits nothing: the critic is measured as it starts.
     for number, pass_N in list(enumerate([index_N[:0], *passes]))[progress["passes"] + 1 :]:
         if progress["done"]:
@@ -166,20 +173,20 @@ def fit(settings, out, critic, tokenizer, rows, held_out_rows, truth):
                 log.metrics(progress["step"], numbers)
         how = (settings.objective, settings.micro_batch_tokens)
         held_out, value_BT = measure(critic, held_out_rows, *how)
-        held_out |= truth(value_BT)
+        held_out = distributed.from_rank_0(held_out | truth(value_BT))  # all decide alike
         log.metrics(progress["step"], numbers | held_out)
         shown = ", ".join(f"{name} {value:.3f}" for name, value in held_out.items())
         tqdm.write(f"value: step {progress['step']}, held out: {shown}")
         progress["passes"], best = number, progress["best"]
         if best is None or held_out["value_loss"] < best["value_loss"]:
             progress |= {"best": held_out, "best_step": progress["step"], "worse": 0}
-            checkpoint.export(critic, tokenizer, out / "best")
         elif number > settings.short_passes:  # the short answers alone are not meant to be enough
             progress["worse"] += 1
         reached = held_out["explained_variance"] >= settings.target_explained_variance
         over = progress["worse"] == settings.patience or progress["step"] == limit
         progress["done"] = over or (reached and number > 0)
         checkpoint.save(out, {"critic": learner}, generators, progress)
+        keep_best()
     bar.close()
     log.close()
     return progress["best"], progress["best_step"]
@@ -196,7 +203,7 @@ def stop_if_asked(out, number=0):
 
 def sampled_answers(settings, out, policy, tokenizer, problems):
     """Judged rows from the frozen policy; stored, so that a second run on them samples nothing."""
-    device = loading.device_of(policy)
+    device = policy.device
     path = Path(settings.reuse_answers or out / "answers.pt")
     # What the answers depend on: those of another policy, file, … must not be used in silence.
     names = ["prompt_template", "chat_template", "response_length", "temperature", "verifier",
@@ -235,9 +242,10 @@ def split_by_problem(rows, share, seed):
     held = held[: min(len(asked) - 1, max(1, round(share * len(asked))))]
     is_held_B = torch.isin(rows["problem_B"], held)
     parts = [table.take(rows, part_B.nonzero()[:, 0]) for part_B in (~is_held_B, is_held_B)]
-    fewest, processes = min(len(part["length_B"]) for part in parts), distributed.world()
-    said = f"{fewest} answers to fit or hold out for {processes} processes: raise --answers"
-    require(fewest >= processes, said)
+    many, held_out = (len(part["length_B"]) for part in parts)
+    fewest, processes = min(-(-many // 2), held_out), distributed.world()  # --short_passes
+    said = f"{fewest} answers to hold out or in half a pass for {processes} processes"
+    require(fewest >= processes, f"{said}: raise --answers")
     return parts
 
 
@@ -256,7 +264,7 @@ def pretrain(settings, policy=None):
     flags.require_same(out, settings, ways=("init", "reuse_answers"))
     set_up = model.set_up(settings, [settings.train], [settings.init], policy)
     policy, tokenizer, (problems,) = set_up
-    device = loading.device_of(policy)
+    device = policy.device
     stop_if_asked(out)
     rows = sampled_answers(settings, out, policy, tokenizer, problems)
     stop_if_asked(out)
@@ -297,9 +305,11 @@ def starting_critic(settings, run_dir, policy):
         if not distributed.from_rank_0((out / "critic").exists()):  # a stopped run may have it
             shared = {f.name: getattr(settings, f.name) for f in fields(flags.TrainingSettings)}
             shared |= {"answers": settings.pretrain_answers, "lr": settings.pretrain_lr,
-                       "passes": settings.pretrain_passes, "out": str(out)}  # fmt: skip
+                       "passes": settings.pretrain_passes, "out": str(out),
+                       "batch": max(Settings.batch, distributed.world())}  # fmt: skip
             pretrain(Settings(**shared | own), policy)
             gc.collect()  # its critic
+        checkpoint.remove(out)  # a kill may have left them beside critic/
         return str(out / "critic")
 
     if settings.critic:

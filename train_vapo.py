@@ -99,7 +99,8 @@ class Settings(flags.TrainingSettings):
     whiten: bool = flag(False, "whiten the advantages over the rollout")
 
     critic_free: bool = flag(False, "group-relative advantages (GRPO, DAPO); no pieces 1 to 3")
-    dynamic_sampling: int = flag(0, "DAPO: only mixed groups, from at most N batches", NOT_NEGATIVE)
+    dynamic_sampling: int = flag(
+        0, "DAPO: only mixed groups, from at most N batches", NOT_NEGATIVE, may_change="above 0")
     overlong: float = flag(0.0, "DAPO: punish length over this last share of the limit", SHARE)
 
     pretrain_answers: int = flag(4096, "value pretraining: answers to sample", AT_LEAST_1)
@@ -189,7 +190,7 @@ def policy_gradients(policy, batch, settings):
     """Adds the gradients of L_PPO + μ L_NLL over a mini-batch. Returns: this rank's metrics."""
     eps_high = settings.eps_high if settings.clip_higher else settings.eps_low  # piece 5, §4.3
     mu = settings.mu if settings.positive_nll else 0.0  # piece 6, §4.3
-    policy_loss = run.kernel(losses.policy_loss, settings.compile, loading.device_of(policy))
+    policy_loss = run.kernel(losses.policy_loss, settings.compile, policy.device)
     clip = (settings.eps_low, eps_high)
     sums = {}
     for index in distributed.deal(table.micro_batches(batch, settings.micro_batch_tokens)):
@@ -216,7 +217,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems)
         learners = {"critic": Learner(critic, settings.critic_lr, *limits)} | learners
     generators = {
         "order": seeded_generator(settings.seed, "data order"),
-        "sample": seeded_generator(settings.seed, "sampling", loading.device_of(policy)),
+        "sample": seeded_generator(settings.seed, "sampling", policy.device),
         "mini_batch": seeded_generator(settings.seed, "mini-batches"),
     }
     progress = checkpoint.resume(run_dir, learners, generators)
@@ -314,10 +315,9 @@ def main(argv=None):
     with run.finishing_the_step():
         files, critics = (settings.train, settings.test), (settings.critic, settings.reward_model)
         policy, tokenizer, (problems, test_problems) = model.set_up(settings, files, critics)
-        device, critic = loading.device_of(policy), None
+        device, critic = policy.device, None
         print(f"{settings.preset}: {run.describe(device)}")
-        if not settings.resume:
-            flags.save_config(run_dir, settings, device)
+        flags.save_config(run_dir, settings, device)  # of a resumed run too: some may change
         if not settings.critic_free:
             start = starting_critic(settings, run_dir, policy)  # piece 1
             critic = loading.load_critic(start, device, dtype=settings.dtype)

@@ -4,9 +4,9 @@
 
 Takes the flags of train_vapo.py and reads the model's config.json only. Parameters and activations
 come from dryrun.py, the rest from the formulas below. Policy and critic, float32, with gradients
-and AdamW's moments, are sharded over the GPUs (FSDP2), or in CPU memory with --cpu_offload, whose
-time is not counted. Every GPU has a whole copy of the policy to sample from, or with --engine vllm
-its part of one. All answers are as long as may be. GB are 10⁹ bytes.
+and AdamW's moments, are sharded over the GPUs (FSDP2). Every GPU has a whole copy of the policy to
+sample from, or with --engine vllm its part of one. All answers are as long as may be. GB are 10⁹
+bytes.
 """
 
 from dataclasses import dataclass, replace
@@ -45,8 +45,8 @@ class Settings(train_vapo.Settings):
         said = f"--tensor_parallel {parallel} is for --engine vllm, and --gpus a multiple of it"
         run.require(parallel == 1 or (vllm and self.gpus % parallel == 0), said)
         # A plan needs no problems, no CUDA, and no other packages.
-        planned = {"train": "-", "test": "-", "device": "cpu", "cpu_offload": False}
-        planned |= {"engine": "hf", "tensor_parallel": 1, "verifier": "exact"}
+        planned = {"train": "-", "test": "-", "device": "cpu", "engine": "hf"}
+        planned |= {"tensor_parallel": 1, "verifier": "exact"}
         super(Settings, replace(self, **planned)).check()
 
     def processes(self):
@@ -146,8 +146,7 @@ def shapes(asked):
 def memory(asked):
     """{part: (bytes while sampling, while scoring, in the update)} of one GPU at its fullest."""
     s, several, vllm = shapes(asked), asked.gpus > 1, asked.engine == "vllm"
-    away, states = several and asked.cpu_offload, state_bytes(s.policy + s.critic, asked.gpus)
-    weights, gradients, moments = (0, 0, 0) if away else states
+    weights, gradients, moments = state_bytes(s.policy + s.critic, asked.gpus)
     columns = table_columns(asked.prompt_length, asked.response_length, s.answers > s.slots)
     waiting = s.read * asked.prompt_length * (1 if s.read == s.prompts else 2)  # and the next ones
     _, reading = activations(s.sampling, s.read, asked.prompt_length, backward=False)
@@ -155,7 +154,7 @@ def memory(asked):
     reading = max(reading, s.slots * s.words * (s.size + 16))
     tables = (s.token * (s.slots * columns + waiting), 0, 0)
     if vllm:  # it keeps its share, and has its temporaries in it
-        reading, tables, away = 0, (max(0, s.share - s.copied),) * 3, False
+        reading, tables = 0, (max(0, s.share - s.copied),) * 3
     _, scoring = activations(s.scoring, *s.scored, backward=False)
     kept, peak = activations(s.training, *s.micro)
     tokens = [rows * min(length, asked.response_length) for rows, length in (s.scored, s.micro)]
@@ -167,7 +166,7 @@ def memory(asked):
         "weights": (weights, weights, weights),
         "AdamW's moments": (moments, moments, moments),
         "gradients": (0, 0, gradients),
-        "copy that samples": (s.copied, 0, 0) if away else (s.copied, s.copied, s.copied),
+        "copy that samples": (s.copied, s.copied, s.copied),
         "gathered weights": (0, gathered, gathered + more),
         "keys and values": tables,
         "activations": (0, 0, kept),
@@ -225,7 +224,7 @@ def report(asked):
         said = f"vLLM's {asked.vllm_memory:.0%} (--vllm_memory) of a GPU have no room beside its"
         print(f"{said} weights for one answer of {s.length:,} tokens")
     if max(full) > limit:
-        said = "--engine vllm --tensor_parallel N, --cpu_offload, more --gpus"
+        said = "--engine vllm --tensor_parallel N, more --gpus"
         phase = list(LESS)[full.index(max(full))]
         print(f"fullest: {phase}; less memory with {LESS[phase]}, {said}")
     said = f"{lengths[0]:,} tokens, and if {lengths[1]:,}; one GPU's operations"

@@ -11,7 +11,7 @@ gradients and optimiser states on each rank. In one process nothing here does an
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import wraps
 
@@ -95,13 +95,15 @@ def name_missing_ranks(error):
     if world() > 1:
         print(f"error on rank {rank()}: {first_line(error)}", file=sys.stderr, flush=True)
         where = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        store = dist.TCPStore(*where, timeout=timedelta(seconds=15))  # torchrun's
-        store.set(f"ended/{rank()}", "")
-        time.sleep(15)  # as soon as one has ended, torchrun ends the others
-        silent = [str(i) for i in range(world()) if not store.check([f"ended/{i}"])]
-        if silent and not rank():
-            said = f"dead, hanging or ended: rank {', '.join(silent)}"
-            print(f"error on rank 0: {said}", file=sys.stderr, flush=True)
+        ended = f"ended/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/"  # torchrun --max-restarts
+        with suppress(RuntimeError):  # of the store: it must not hide the error
+            store = dist.TCPStore(*where, timeout=timedelta(seconds=15))  # torchrun's
+            store.set(f"{ended}{rank()}", "")
+            time.sleep(15)  # as soon as one has ended, torchrun ends the others
+            silent = [str(i) for i in range(world()) if not store.check([f"{ended}{i}"])]
+            if silent and not rank():
+                said = f"dead, hanging or ended: rank {', '.join(silent)}"
+                print(f"error on rank 0: {said}", file=sys.stderr, flush=True)
 
 
 def all_ranks(value):
@@ -175,7 +177,7 @@ def gather_columns(columns):
     return [None if column is None else gathered(column) for column in columns]
 
 
-def shard(network, device, bfloat16=False, cpu_offload=False, head=None):
+def shard(network, device, bfloat16=False, head=None):
     """The network, sharded layer by layer from rank 0's float32 weights; others need only shapes.
     Args: bfloat16, whether the gathered weights are (gradients are added up in float32); head, a
     critic's, which stays float32. In one process it is only moved to the device."""
@@ -185,7 +187,6 @@ def shard(network, device, bfloat16=False, cpu_offload=False, head=None):
     buffers = from_rank_0(None if rank() else dict(network.named_buffers()))
     network.to("meta").tie_weights()
     how = {"mesh": dist.init_device_mesh(device.type, (world(),))}
-    how |= {"offload_policy": fsdp.CPUOffloadPolicy()} if cpu_offload else {}
     low = fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     precision = {"mp_policy": low} if bfloat16 else {}
     layers = [part for part in network.modules() if isinstance(part, GradientCheckpointingLayer)]
@@ -197,13 +198,12 @@ def shard(network, device, bfloat16=False, cpu_offload=False, head=None):
         # A mini-batch's weights sum to one over all ranks: gradients are summed, not averaged.
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
-    network.to_empty(device="cpu" if cpu_offload else device).tie_weights()
+    network.to_empty(device=device).tie_weights()
     from_0 = state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     state_dict.set_model_state_dict(network, weights, options=from_0)
     for name, buffer in buffers.items():  # also those that no state dict has
         owner, _, key = name.rpartition(".")
         setattr(network.get_submodule(owner), key, buffer.to(device))
-    network.computes_on = device
     network.call_gathered = lambda function, *args, **how: function(network, *args, **how)
     fsdp.register_fsdp_forward_method(network, "call_gathered")
     return network
@@ -222,9 +222,7 @@ def gathers(function):
 
 def unsharded(tensor):
     """A tensor of all its shards, on every rank (a collective); one that is not sharded, as is."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    return tensor.to(tensor.device_mesh.device_type).full_tensor()  # by the GPUs' own links
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def unsharded_network(network):

@@ -13,7 +13,6 @@ import copy
 import hashlib
 import json
 import re
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from system import distributed
-from system.run import BadInput, pick_device, require
+from system.run import BadInput, require
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>",
@@ -204,23 +203,18 @@ def compute_dtype(dtype, device):
     return torch.bfloat16 if low_precision else torch.float32
 
 
-def device_of(network):
-    """Where it computes; with --cpu_offload its weights are elsewhere."""
-    return getattr(network, "computes_on", network.device)
-
-
 def autocast(network):
     """The network's compute dtype over its float32 weights."""
     enabled = network.compute_dtype == torch.bfloat16
-    return torch.autocast(device_of(network).type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(network.device.type, torch.bfloat16, enabled=enabled)
 
 
 def shard(network, device, settings):
     """A loaded network ready to be trained: sharded, with gradient checkpointing if asked for."""
-    checkpoint_gradients(network, getattr(settings, "gradient_checkpointing", False))
-    offload = getattr(settings, "cpu_offload", False)  # evaluate.py has neither flag
+    wanted = getattr(settings, "gradient_checkpointing", False)  # evaluate.py has no such flag
+    checkpoint_gradients(network, wanted)
     bfloat16 = network.compute_dtype == torch.bfloat16
-    return distributed.shard(network, device, bfloat16, offload, value_head(network))
+    return distributed.shard(network, device, bfloat16, value_head(network))
 
 
 def checkpoint_gradients(network, wanted):
@@ -243,7 +237,7 @@ def sampling_copy(policy):
     config, how = copy.deepcopy(policy.config), {"dtype": policy.compute_dtype}
     with torch.device("meta"):
         sampler = AutoModelForCausalLM.from_config(config, **how).eval().requires_grad_(False)
-    sampler.to_empty(device=device_of(policy)).tie_weights()
+    sampler.to_empty(device=policy.device).tie_weights()
     for name in ("generation_config", "logit_transform", "compute_dtype"):
         setattr(sampler, name, getattr(policy, name))
     update_sampler(sampler, policy)
@@ -258,16 +252,13 @@ def sampler_of(policy, settings):
         from system.vllm_engine import engine
 
         return engine(settings, policy)
-    sampler = sampling_copy(policy)
-    if settings.compile_decode:  # its weights are updated in place: once is enough
-        sampler.compiled = torch.compile(sampler.forward, mode="reduce-overhead", dynamic=False)
-    return sampler
+    return sampling_copy(policy)
 
 
 @torch.no_grad()
 def update_sampler(sampler, policy):
     """Gives what `sampler_of` made the policy's weights of now."""
-    if hasattr(sampler, "llm"):  # vLLM
+    if not isinstance(sampler, torch.nn.Module):  # vLLM
         sampler.update(policy)
     elif sampler is not policy:
         for copied, parameter in zip(sampler.parameters(), policy.parameters()):
@@ -282,18 +273,6 @@ def eos_ids(policy, tokenizer):
     added = tokenizer.added_tokens_decoder.items()
     turns = [i for i, token in added if token.special and token.content in END_OF_TURN]
     return sorted({tokenizer.eos_token_id, *listed, *turns} - {None})
-
-
-@contextmanager
-def on_device(sampler, settings):
-    """With --cpu_offload, the copy that samples has the device's memory only while it does."""
-    moves = getattr(settings, "cpu_offload", False) and distributed.world() > 1
-    moves = moves and isinstance(sampler, torch.nn.Module)  # vLLM keeps its own
-    if moves:
-        sampler.to(pick_device(settings.device))
-    yield
-    if moves:
-        sampler.to("cpu")
 
 
 def fingerprint(policy, texts):

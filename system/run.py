@@ -25,7 +25,7 @@ from system import distributed
 
 
 class BadInput(ValueError):
-    """Something that the user can mend; its message, the same on all ranks, names cause and fix."""
+    """Something that the user can mend; its message names cause and fix."""
 
 
 class Stopped(Exception):
@@ -51,9 +51,12 @@ def exit_on_bad_input(main):
     def wrapped(argv=None):
         try:
             return main(argv)
-        except BadInput as error:  # the same on all ranks: rank 0 alone says it
-            said, code = f"error: {' '.join(str(error).split())}", 2
-            said = said if os.environ.get("RANK", "0") == "0" else ""
+        except BadInput as error:
+            rank, code = os.environ.get("RANK", "0"), 2
+            who = f" on rank {rank}" if rank != "0" else ""
+            if who:  # where rank 0 says the same, torchrun ends this one in its sleep
+                time.sleep(5)
+            said = f"error{who}: {' '.join(str(error).split())}"
         except KeyboardInterrupt:
             by = STOP[0] if STOP else signal.SIGINT
             said, code = "stopped at once; what was saved before stays", 128 + by
@@ -66,8 +69,7 @@ def exit_on_bad_input(main):
                 raise
             said, code = f"error: {error.filename or 'writing'}: {error.strerror}", 2
             said += ": mend that, or give another --out"
-        if said:
-            print(said, file=sys.stderr, flush=True)
+        print(said, file=sys.stderr, flush=True)
         raise SystemExit(code)
 
     return wrapped

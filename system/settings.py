@@ -38,7 +38,8 @@ PROMPT = (  # DAPO's wording
 
 def flag(default, help, allowed=None, may_change=False):
     """A settings field: a flag, its default, its line of help, what its value may be, and whether
-    a resumed run may have another one, for it changes no number."""
+    a resumed run may have another one (True; "above 0": one above 0 for another), for it changes no
+    number but by rounding (micro_batch_tokens) or the random numbers drawn (tensor_parallel)."""
     metadata = {"help": help.replace("%", "%%"), "allowed": allowed, "may_change": may_change}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -80,14 +81,12 @@ class SamplingSettings(Settings):
     engine: Literal["slots", "hf", "vllm"] = flag(
         "slots", "slots: our fast sampler; hf: transformers' generate; vllm: if it is installed")
     sample_rows: int = flag(256, "answers that are sampled side by side", AT_LEAST_1)
-    compile_decode: bool = flag(False, "--engine slots: torch.compile its step (slow on a CPU)")
     vllm_memory: float = flag(0.3, "vllm: share of a GPU's memory", ABOVE_0_SHARE, may_change=True)
     tensor_parallel: int = flag(1, "vllm: GPUs that hold one copy", AT_LEAST_1, may_change=True)
 
     def check(self):
         super().check()
-        slots, parallel, processes = self.engine == "slots", self.tensor_parallel, self.processes()
-        require(slots or not self.compile_decode, "--compile_decode is for --engine slots")
+        parallel, processes = self.tensor_parallel, self.processes()
         require(parallel == 1 or self.engine == "vllm", "--tensor_parallel is for --engine vllm")
         said = f"the number of processes (torchrun), {processes}, is no multiple of it"
         require(processes % parallel == 0, f"--tensor_parallel {parallel}: {said}")
@@ -112,14 +111,7 @@ class TrainingSettings(SamplingSettings):
     compile: bool = flag(None, "torch.compile the loss and log-prob kernels; default: on cuda")
     micro_batch_tokens: int = flag(16384, "tokens of a pass, padded", AT_LEAST_1, may_change=True)
     gradient_checkpointing: bool = flag(False, "less memory, but more time", may_change=True)
-    cpu_offload: bool = flag(False, "torchrun: weights stay in the CPU's memory", may_change=True)
     # fmt: on
-
-    def check(self):
-        super().check()
-        cuda = pick_device(self.device).type == "cuda"
-        said = "--cpu_offload keeps a GPU's memory free: it is for CUDA"
-        require(cuda or not self.cpu_offload, said)
 
 
 def parse(settings_class, argv, description, defaults=None):
@@ -193,8 +185,12 @@ def resumed(settings_class, argv, description, run_dir):
 
 def changed(saved, settings):
     """Names of the settings that differ from the dict `saved`, but for those that may."""
-    names = [known.name for known in fields(settings) if not known.metadata["may_change"]]
-    return [name for name in names if saved.get(name) != getattr(settings, name)]
+
+    def allowed(known):
+        before, now, may = saved.get(known.name), getattr(settings, known.name), known.metadata
+        return before == now or may["may_change"] is True or (may["may_change"] and before and now)
+
+    return [known.name for known in fields(settings) if not allowed(known)]
 
 
 def require_same(out, settings, ways):

@@ -17,7 +17,6 @@ from transformers.cache_utils import DynamicLayer
 from system.loading import autocast
 from system.run import require
 
-STATIC_COLUMNS = 256  # the fewest that a compiled step looks at
 FIRST_COLUMNS = 64  # of the cache, beyond the longest prompt; the table doubles as answers need it
 COMPACT_BELOW = 0.75  # with no answer waiting, slots are given up when fewer than this are in use
 CACHED = 2**20  # numbers that `draw` works on at a time on a CPU
@@ -38,16 +37,13 @@ def sample_in_slots(policy, prompts, samples, max_tokens, pick, generator, eos_N
     last_R, position_R = torch.zeros(2, slots, dtype=torch.long, device=device)  # of its last token
     longest_prompt = max(map(len, prompts))
     cache, entered, read_from, read_to = None, 0, 0, 0
-    compiled, static = getattr(policy, "compiled", None), 0
-    if compiled:  # a power of two, a quarter of it free after the longest answer: no table doubles
-        static = max(STATIC_COLUMNS, 1 << (4 * (longest_prompt + max_tokens) // 3).bit_length())
     while True:
         free_R = (row_R == answers).nonzero()[:, 0]
         while entered < answers and len(free_R):
             if entered == read_to * samples:  # the next prompts, as many as could fill all slots
                 read_from, read_to = read_to, min(len(prompts), read_to + max(1, slots // samples))
                 read, prompt_PL, prompt_length_P = read_prompts(policy, prompts[read_from:read_to])
-                cache = cache or Slots(read, slots, longest_prompt - 1, static)
+                cache = cache or Slots(read, slots, longest_prompt - 1)
             count = min(len(free_R), read_to * samples - entered)
             enter_R, free_R = free_R[:count], free_R[count:]
             row_R[enter_R] = torch.arange(entered, entered + count, device=device)
@@ -58,14 +54,12 @@ def sample_in_slots(policy, prompts, samples, max_tokens, pick, generator, eos_N
             entered += count
         for _ in range(steps_unseen):
             cache.make_room(row_R < answers, longest_prompt)
-            if compiled:
-                torch.compiler.cudagraph_mark_step_begin()
             with autocast(policy):
-                logit_RV = (compiled or policy)(
+                logit_RV = policy(
                     input_ids=last_R[:, None], attention_mask=cache.mask(),
                     position_ids=position_R[:, None], past_key_values=cache, use_cache=True,
                 ).logits[:, -1]  # fmt: skip
-            cache.advance()
+            cache.move_to(cache.now + 1)
             last_R, logp_R = pick(logit_RV, generator)
             t_R = length_B[row_R].clamp(max=max_tokens - 1)
             token_BT[row_R, t_R], logp_BT[row_R, t_R] = last_R, logp_R
@@ -78,7 +72,7 @@ def sample_in_slots(policy, prompts, samples, max_tokens, pick, generator, eos_N
         bar.update(entered - alive - bar.n)
         if alive == 0 and entered == answers:
             return token_BT[:-1], logp_BT[:-1], length_B[:-1], stop_B[:-1]
-        if not compiled and entered == answers and alive < COMPACT_BELOW * len(row_R):
+        if entered == answers and alive < COMPACT_BELOW * len(row_R):
             keep = (row_R < answers).nonzero()[:, 0]
             row_R, last_R, position_R = row_R[keep], last_R[keep], position_R[keep]
             cache.keep(keep)
@@ -154,24 +148,17 @@ def inverse_distribution(logit_RV, uniform_R):
 class Slots(Cache):
     """Keys and values of R slots in K columns, written in place; column `now` is the next.
     A slot's tokens stand in columns start_R to now. When the columns run out, all rows move left to
-    where the longest begins; when that is not enough, the table doubles. `static` columns, for a
-    compiled model, are as many as can ever be needed: only the table's contents change."""
+    where the longest begins; when that is not enough, the table doubles."""
 
-    def __init__(self, read, slots, now, static=0):
-        device, columns = read.layers[0].keys.device, static or now + FIRST_COLUMNS
-        self.at_1 = torch.zeros(1, dtype=torch.long, device=device)
-        how = (slots, columns, self.at_1, static)
+    def __init__(self, read, slots, now):
+        how = (slots, now + FIRST_COLUMNS)
         super().__init__(layers=[SlotLayer(layer, *how) for layer in read.layers])
-        self.start_R, self.static = torch.full((slots,), now, device=device), static
+        self.start_R = torch.full((slots,), now, device=read.layers[0].keys.device)
         self.move_to(now)
 
     def move_to(self, now):
-        self.now, self.width = now, now + 1
-        if self.static:  # powers of two: each width is compiled, and there are few
-            self.width = max(STATIC_COLUMNS, 1 << now.bit_length())
-        self.at_1.fill_(now)
-        for layer in self.layers:
-            layer.now, layer.width = self.now, self.width
+        for part in (self, *self.layers):
+            part.now = now
 
     def enter(self, enter_R, read, prompt_R, length_R):
         """Copies `length` tokens of prompts `prompt_R` of the cache `read` to before `now`."""
@@ -184,11 +171,8 @@ class Slots(Cache):
 
     def mask(self):
         """mask_RK: 1 on the columns that a slot may see, `now` included."""
-        column_K = torch.arange(self.width, device=self.start_R.device)
-        return ((column_K >= self.start_R[:, None]) & (column_K <= self.now)).long()
-
-    def advance(self):
-        self.move_to(self.now + 1)
+        column_K = torch.arange(self.now + 1, device=self.start_R.device)
+        return (column_K >= self.start_R[:, None]).long()
 
     def make_room(self, alive_R, longest_prompt):
         """Sees to it that there is a column `now`, and that a prompt would fit before it."""
@@ -218,21 +202,20 @@ class Slots(Cache):
 class SlotLayer(DynamicLayer):
     """A layer of `Slots`: keys and values [R, H, K, D]. Sliding windows are the mask's business."""
 
-    def __init__(self, like, slots, columns, at_1, static):
+    def __init__(self, like, slots, columns):
         super().__init__()
         both = (like.keys, like.values)
         self.keys, self.values = (x.new_zeros(slots, x.size(1), columns, x.size(3)) for x in both)
-        self.at_1, self.static, self.is_initialized = at_1, static, True
-        for tensor in (self.keys, self.values, at_1) if static else ():
-            torch._dynamo.mark_static_address(tensor)  # a CUDA graph may write to it
+        self.is_initialized = True
 
     def update(self, key_RH1D, value_RH1D, *args, **kwargs):
-        self.keys.index_copy_(2, self.at_1, key_RH1D)
-        self.values.index_copy_(2, self.at_1, value_RH1D)
-        return self.keys[:, :, : self.width], self.values[:, :, : self.width]
+        both = ((self.keys, key_RH1D), (self.values, value_RH1D))
+        for table, new in both:
+            table[:, :, self.now] = new[:, :, 0]
+        return tuple(table[:, :, : self.now + 1] for table, _ in both)
 
     def get_mask_sizes(self, query_length):
-        return self.width, 0
+        return self.now + 1, 0
 
     def get_seq_length(self):
-        return self.at_1[0] if self.static else self.now
+        return self.now

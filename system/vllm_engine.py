@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from system import distributed
-from system.loading import device_of
 from system.run import BadInput, require
 
 ENGINES = {}  # by what it was loaded for
@@ -61,7 +60,7 @@ class Engine:
         said = f"--engine vllm: {settings.model} {said}: leave --engine out"
         require(all(parameter.dim() < 3 for parameter in policy.parameters()), said)
         os.environ.update(ENVIRONMENT | os.environ)  # before the import
-        self.device, self.generation_config = device_of(policy), policy.generation_config
+        self.device, self.generation_config = policy.device, policy.generation_config
         self.tensor_parallel = settings.tensor_parallel
         try:
             import vllm
@@ -107,7 +106,8 @@ class Engine:
         seed = int(torch.randint(2**62, (1,), generator=generator, device=self.device))
         with random_numbers_of_its_own(self.device, seed):
             asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-            outputs = self.llm.generate(asked, params, use_tqdm=not bar.disable)  # a bar of its own
+            bar_of_its_own = {"use_tqdm": not bar.disable}
+            outputs = self.llm.generate(asked, params, **bar_of_its_own) if asked else []
         answers = [a for one in outputs for a in sorted(one.outputs, key=lambda a: a.index)]
         if len(answers) != len(prompts) * samples:
             raise RuntimeError(f"vLLM returned {len(answers)} of {len(prompts) * samples} answers")

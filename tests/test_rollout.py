@@ -2,7 +2,6 @@
 padding."""
 
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -165,44 +164,6 @@ def test_a_slot_whose_answer_has_ended_stands_still(policy, tokenizer, problems,
     how = {"samples": 3, "max_tokens": longest, "sample_rows": 4}
     rows = draw_answers(policy, tokenizer, problems, **how)
     assert rows["length_B"].max() == longest and not rows["stop_B"].all()
-
-
-@pytest.mark.slow
-def test_a_compiled_step_draws_the_same_answers_and_is_compiled_once_a_width(
-    policy, tokenizer, problems, monkeypatch
-):
-    monkeypatch.setattr(slots, "STATIC_COLUMNS", 32)
-    # A compiled step keeps its slots: the same random numbers for both.
-    monkeypatch.setattr(slots, "COMPACT_BELOW", 0.0)
-    columns, move_to = [], slots.Slots.move_to
-
-    def spy(self, now):
-        columns.append(now)
-        move_to(self, now)
-
-    monkeypatch.setattr(slots.Slots, "move_to", spy)
-    common = {"samples": 16, "max_tokens": 14, "sample_rows": 4}
-    eager = draw_answers(policy, tokenizer, problems, **common)
-    torch._dynamo.reset()
-    settings = SimpleNamespace(engine="slots", compile_decode=True)
-    sampler = loading.sampler_of(policy, settings)
-    columns.clear()
-    compiled = draw_answers(sampler, tokenizer, problems, **common)
-    assert max(columns) == 64  # rows moved in a table of 64
-    assert any(after < before for before, after in zip(columns, columns[1:]))
-    if policy.device.type == "cpu":
-        for name in ("token_BL", "length_B"):
-            assert torch.equal(compiled[name], eager[name])
-        pair = compiled["sampled_logp_BT"], eager["sampled_logp_BT"]
-        torch.testing.assert_close(*pair, rtol=0, atol=1e-4)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.mul_(1.1)
-    loading.update_sampler(sampler, policy)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        again = draw_answers(sampler, tokenizer, problems, **common)
-    logp_BT, _ = model.policy_logprobs(policy, again, 1.0)
-    torch.testing.assert_close(again["sampled_logp_BT"], logp_BT, **near(policy))
 
 
 def test_greedy_sampling_equals_generate(policy, tokenizer, problems):

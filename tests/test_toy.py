@@ -4,7 +4,7 @@ import json
 import random
 
 import toy
-from system import files
+from system import files, loading
 
 
 def test_the_map_is_one_cycle_so_no_error_is_ever_erased():
@@ -45,3 +45,11 @@ def test_a_built_world_has_disjoint_problems_and_is_not_built_twice(world):
     settings = json.loads((world / "world.json").read_text())["settings"]
     toy.build(toy.World(**settings, out=str(world)), progress=False)
     assert (world / "base" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_only_the_worlds_own_problems_are_of_it(world):
+    """Others may lie beside them."""
+    tokenizer = loading.load_tokenizer(str(world / "base"))
+    for name, known in (("train", True), ("test", True), ("mine", False)):
+        found = toy.world_of(str(world / f"{name}.jsonl"), tokenizer)
+        assert found == (world if known else None)

@@ -14,7 +14,7 @@ import model
 import rollout
 import table
 import train_value
-from system import checkpoint, loading
+from system import checkpoint, distributed, loading
 
 SMALL = ["--device=cpu", "--answers=1024", "--samples=8", "--passes=4", "--lr=3e-3",
          "--patience=4", "--micro_batch_tokens=4096"]  # fmt: skip
@@ -159,17 +159,18 @@ def test_it_stops_when_the_held_out_loss_rises_and_keeps_the_best_pass(world, ru
     assert metrics["step"] == 0 and saved["value_last"] == pytest.approx(metrics["value_first"])
 
 
-def signal_at(monkeypatch, number):
-    """Has a SIGTERM come in that optimiser step of value pretraining; returns what counts them."""
-    calls, value_gradients = [], train_value.value_gradients
+def signal_at(monkeypatch, number, name="value_gradients"):
+    """Has a SIGTERM come in that optimiser step (or other call) of value pretraining; returns what
+    counts them."""
+    calls, whole = [], getattr(train_value, name)
 
     def struck(*args, **options):
         calls.append(1)
         if len(calls) == number:
             signal.raise_signal(signal.SIGTERM)
-        return value_gradients(*args, **options)
+        return whole(*args, **options)
 
-    monkeypatch.setattr(train_value, "value_gradients", struck)
+    monkeypatch.setattr(train_value, name, struck)
     return calls
 
 
@@ -198,6 +199,62 @@ def test_a_stop_inside_a_pass_repeats_it_and_ends_bit_for_bit_like_the_undisturb
     weights = [(where / "critic" / "model.safetensors").read_bytes() for where in (tmp_path, out)]
     assert weights[0] == weights[1]
     assert not (tmp_path / "best").exists() and not checkpoint.saved(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, number, said",
+    [("value_gradients", 20, "pass 2 of it begins again"), ("measure", 1, "pass 1 of it begins"),
+     ("sampled_answers", 1, "nothing of it is done yet")],
+)  # fmt: skip
+def test_a_stop_with_answers_from_elsewhere_says_what_is_done(
+    world, run, tmp_path, monkeypatch, capsys, name, number, said
+):
+    with pytest.raises(SystemExit) as stop:
+        signal_at(monkeypatch, number, name)
+        value_run(world, tmp_path, f"--reuse_answers={run[0]}/answers.pt")
+    error = capsys.readouterr().err
+    assert stop.value.code == 128 + signal.SIGTERM and said in error
+    assert f"the same command with --out {tmp_path}, or --resume" in error
+
+
+def test_best_is_never_of_a_pass_that_is_not_saved(world, run, tmp_path, monkeypatch):
+    """Another number of processes might not find that pass the best."""
+    again, best, save = f"--reuse_answers={run[0]}/answers.pt", [], checkpoint.save
+    path = tmp_path / "best" / "model.safetensors"
+
+    def killed(*args):
+        best.append(path.read_bytes() if path.exists() else None)
+        if len(best) == 3:  # pass 2, the best by then
+            raise KeyboardInterrupt
+        save(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(checkpoint, "save", killed)
+        value_run(world, tmp_path, again)
+    assert path.read_bytes() == best[2] != best[1] and best[0] is None
+    losses = [line["value_loss"] for line in lines_of(tmp_path) if "value_loss" in line]
+    assert len(losses) == 3 and min(losses) == losses[2]
+
+
+def test_what_is_decided_of_the_held_out_numbers_rank_0_decides(world, run, tmp_path, monkeypatch):
+    from_rank_0 = distributed.from_rank_0
+
+    def other(value):  # as if rank 0's numbers were other than this one's
+        told = isinstance(value, dict) and "explained_variance" in value
+        return from_rank_0(value) | {"explained_variance": 0.9} if told else from_rank_0(value)
+
+    monkeypatch.setattr(distributed, "from_rank_0", other)
+    flags = ["--target_explained_variance=0.9", f"--reuse_answers={run[0]}/answers.pt"]
+    assert value_run(world, tmp_path, *flags)["explained_variance"] == 0.9
+    assert lines_of(tmp_path)[-1]["step"] == 15  # after the first pass
+
+
+def test_an_error_in_the_fit_has_a_line_of_its_own(world, run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        flags = ["--lr=1e30", "--max_grad_norm=1e30"]
+        value_run(world, tmp_path, *flags, f"--reuse_answers={run[0]}/answers.pt")
+    lines = capsys.readouterr().err.split("\n")  # not at the end of a progress bar
+    assert stop.value.code == 2 and sum(line.startswith("error: value") for line in lines) == 1
 
 
 @pytest.mark.parametrize(

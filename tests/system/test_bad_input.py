@@ -80,9 +80,7 @@ BAD_FLAGS = [
     (["--engine=vllm", "--tensor_parallel=2"],
      "the number of processes (torchrun), 1, is no multiple of it"),
     (["--is_clip=0.5"], "--is_clip is 0 or at least 1"),
-    (["--device=cpu", "--cpu_offload"], "--cpu_offload keeps a GPU's memory free"),
     (["--engine=tgi"], "tgi"),
-    (["--engine=hf", "--compile_decode"], "--compile_decode is for --engine slots"),
     (["--model=/dev/null"], "no model directory at /dev/null"),
     (["--train="], "--train FILE"),
     (["--test=/"], "cannot read the problems"),
@@ -92,6 +90,7 @@ BAD_FLAGS = [
     # of an older revision
     (["--keep=3"], "--keep"), (["--max_bad_steps=3"], "--max_bad_steps"),
     (["--rank_timeout=1"], "--rank_timeout"), (["--trust_remote_code"], "--trust_remote_code"),
+    (["--compile_decode"], "--compile_decode"), (["--cpu_offload"], "--cpu_offload"),
 ]
 BAD_LINES = [
     ("{not json", "not JSON"),

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,10 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, Qwen2Co
 import evaluate
 import rollout
 import table
+import train_value
 import train_vapo
 from system import checkpoint, distributed, loading
-from system.run import BadInput, pick_device
+from system.run import BadInput, exit_on_bad_input, pick_device
 
 ROOT = Path(__file__).parent.parent.parent
 FLAGS = ["--device=cpu", "--prompts=6", "--samples=4", "--mini_batch=8", "--micro_batch_tokens=64",
@@ -193,6 +195,71 @@ def test_what_is_wrong_is_said_once(world, tmp_path, flag, said):
     done = subprocess.run(command(2, *words), cwd=ROOT, env=ONE_THREAD, **pipes)
     assert said in done.stderr and not (tmp_path / "run").exists()
     assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
+    assert "error on rank" not in done.stderr
+
+
+def test_what_is_wrong_on_another_rank_only_is_said_with_its_number(monkeypatch, capsys):
+    @exit_on_bad_input
+    def main(argv=None):
+        raise BadInput("no space\nhere: make some")
+
+    slept = []
+    monkeypatch.setattr("time.sleep", slept.append)  # rank 0 says nothing in that time
+    for rank, said in (("0", "error: "), ("3", "error on rank 3: ")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == f"{said}no space here: make some\n"
+    assert slept == [5]
+
+
+def two_ranks(monkeypatch):
+    """This process is rank 0 of two that nobody started."""
+    monkeypatch.setattr(distributed, "STATE", {"world": 2, "rank": 0})
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+
+def test_a_store_that_is_gone_does_not_hide_the_error(monkeypatch, capsys):
+    two_ranks(monkeypatch)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setattr(distributed, "timedelta", lambda seconds: timedelta(seconds=1))
+    distributed.name_missing_ranks(RuntimeError("the cause"))
+    assert capsys.readouterr().err.startswith("error on rank 0: the cause\n")
+
+
+def test_ranks_that_ended_before_a_restart_do_not_count(monkeypatch, capsys):
+    two_ranks(monkeypatch)
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    for count, rank in ((0, 1), (0, 0), (1, 0)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+        monkeypatch.setitem(distributed.STATE, "rank", rank)
+        distributed.name_missing_ranks(RuntimeError("the cause"))
+        silent = "dead, hanging or ended: rank 1" in capsys.readouterr().err
+        assert silent == (count == 1)
+
+
+def test_value_pretraining_with_fewer_answers_than_processes_is_one_line(monkeypatch):
+    monkeypatch.setattr(distributed, "STATE", {"world": 9, "rank": 0})
+    settings = {"train": "t", "device": "cpu", "answers": 144, "samples": 16}
+    train_value.Settings(**settings, batch=9).check()
+    with pytest.raises(BadInput, match="--batch is 8 for 9 processes"):
+        train_value.Settings(**settings, batch=8).check()
+    rows = {"problem_B": torch.arange(32) // 16}
+    rows |= dict.fromkeys(("length_B", "prompt_length_B"), torch.ones(32, dtype=torch.long))
+    with pytest.raises(BadInput, match="8 answers .* in half a pass for 9 processes"):
+        train_value.split_by_problem(rows, 0.1, 0)
+
+
+def test_a_critic_is_started_on_more_processes_than_a_batch_has_answers(monkeypatch, tmp_path):
+    monkeypatch.setattr(distributed, "STATE", {"world": 100, "rank": 0})
+    monkeypatch.setattr(distributed, "from_rank_0", lambda value: value)
+    batches = []
+    monkeypatch.setattr(train_value, "pretrain", lambda own, _: batches.append(own.batch))
+    train_value.starting_critic(train_vapo.Settings(train="t", test="t"), tmp_path, None)
+    assert batches == [100]
 
 
 def test_processes_that_would_share_a_gpu_are_refused(monkeypatch):

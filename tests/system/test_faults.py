@@ -4,6 +4,7 @@ silently changed."""
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -127,7 +128,8 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(run, undistur
 @pytest.mark.parametrize(
     "at",
     always(
-        3,
+        4,
+        [("system.checkpoint", "remove", 1)],  # pretraining's critic has its name by then
         [("train_value", "value_gradients", 5)],  # the second pass, its second step
         [("train_vapo", "policy_gradients", 5)],
         [("system.checkpoint", "dcp.save", 7)],  # of step 2
@@ -139,7 +141,6 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(run, undistur
         [("pathlib", "Path.rename", 11)],  # an old one loses its own
         [("rollout", "next_problems", 3)],
         [("system.run", "Log.close", 1)],  # pretraining is done, its critic has no name yet
-        [("system.checkpoint", "remove", 1)],  # it has
         [("system.checkpoint", "export", 4)],  # the policy, then the critic
         [("system.checkpoint", "export", 5)],
     ),
@@ -149,7 +150,7 @@ def test_a_run_killed_in_the_middle_of_anything_ends_as_if_it_had_not_been(run, 
     assert run(at=at, what="kill") == -9, run.said()
     assert run.goes_on_as_if_nothing_had_happened()
     assert not list((run.out / "checkpoint").glob("*.tmp"))
-    assert len(checkpoint.saved(run.out)) == 2
+    assert len(checkpoint.saved(run.out)) == 2 and not (run.out / "value/checkpoint").exists()
 
 
 @pytest.mark.parametrize(
@@ -183,6 +184,26 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(run, what, numbe
     assert run.resume(at=("train_vapo", "policy_gradients", 1), what="kill") == -9
     assert steps == 0 or len(metrics_of(run.out)) == steps
     assert run.goes_on_as_if_nothing_had_happened()
+
+
+def test_what_a_resumed_run_was_told_is_not_forgotten_when_it_is_stopped(
+    world, tmp_path, monkeypatch, capsys
+):
+    vapo_run(world, tmp_path, *FAST)
+    policy_gradients = train_vapo.policy_gradients
+
+    def struck(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return policy_gradients(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train_vapo, "policy_gradients", struck)
+        train_vapo.main([f"--resume={tmp_path}", "--steps=3"])
+    assert f"rollout 2 of 3 is saved: python train_vapo.py --resume {tmp_path}" in (
+        capsys.readouterr().err
+    )
+    train_vapo.main([f"--resume={tmp_path}"])
+    assert [line["step"] for line in metrics_of(tmp_path)] == [0, 1, 2, 3]
 
 
 def test_a_signal_while_pretraining_answers_are_sampled_keeps_them_and_fits_nothing(run):

@@ -71,6 +71,7 @@ class Example(settings.Settings):
     fast: bool = settings.flag(True, "in haste")
     words: list[str] = settings.flag(["a"], "which")
     out: str = settings.flag("", "where", may_change=True)
+    most: int = settings.flag(0, "how many at most", may_change="above 0")
 
 
 def test_what_is_given_last_counts_more_than_files_and_these_more_than_defaults(tmp_path):
@@ -107,9 +108,23 @@ def test_a_resumed_run_has_its_own_settings_and_of_the_flags_what_may_change(tmp
         resumed("--size=8", "--no_fast", "--out=x")
 
 
+def test_a_limit_may_change_on_resume_but_not_be_taken_away_or_set(tmp_path):
+    import torch
+
+    def resumed(before, now):
+        settings.save_config(tmp_path, Example(most=before), torch.device("cpu"))
+        return settings.resumed(Example, [f"--most={now}"], "", tmp_path).most
+
+    assert (resumed(3, 9), resumed(9, 3), resumed(0, 0)) == (9, 3, 0)
+    for pair in ((0, 3), (3, 0)):
+        with pytest.raises(BadInput, match="--most cannot change"):
+            resumed(*pair)
+
+
 def test_every_setting_that_may_change_changes_no_number():
-    may = {known.name for known in fields(train_vapo.Settings) if known.metadata["may_change"]}
-    assert may == {
+    known = {known.name: known.metadata["may_change"] for known in fields(train_vapo.Settings)}
+    assert {name for name, may in known.items() if may == "above 0"} == {"dynamic_sampling"}
+    assert {name for name, may in known.items() if may is True} == {
         "resume", "steps", "eval_every", "save_every", "micro_batch_tokens", "vllm_memory",
-        "gradient_checkpointing", "cpu_offload", "tensor_parallel",
+        "gradient_checkpointing", "tensor_parallel",
     }  # fmt: skip

@@ -17,7 +17,7 @@ import model
 import rollout
 import table
 import train_vapo
-from system import loading
+from system import distributed, loading, vllm_engine
 
 is_there = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not is_there, reason="vLLM is not installed")
@@ -39,8 +39,6 @@ def base(world, tmp_path_factory):
 @pytest.fixture
 def sampler(base):
     """(engine, the policy that it samples from, tokenizer); a process has one engine."""
-    from system import vllm_engine
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     policy = loading.load_policy(base, device, "float32")
     own = {"model": base, "sample_rows": 256, "seed": 0, "vllm_memory": 0.2, "tensor_parallel": 1}
@@ -107,6 +105,35 @@ def test_several_processes_sample_with_vllm_each_or_as_one(world, base, tmp_path
     for line in lines:
         assert line["sampler_gap"] < 1e-5 and line["ratio_max"] > 1.1
         assert line["length_max"] > line["length"] > 1
+
+
+def test_a_rank_without_prompts_compares_its_answers_too(monkeypatch):
+    """The comparison is a collective; no vLLM is needed to see that."""
+    answer = SimpleNamespace(
+        index=0, token_ids=[5, 0], finish_reason="stop", logprobs=SimpleNamespace(logprobs=[-1, -2])
+    )
+    engine = object.__new__(vllm_engine.Engine)
+    engine.device, engine.tensor_parallel, engine.params = torch.device("cpu"), 1, dict
+    engine.generation_config = SimpleNamespace(eos_token_id=0)
+    engine.llm = SimpleNamespace(generate=lambda *_, **__: [SimpleNamespace(outputs=[answer])])
+    tokenizer = SimpleNamespace(eos_token_id=0, added_tokens_decoder={})
+    compared, whole = [], [torch.tensor([[5, 0]]), torch.zeros(1, 2), *torch.tensor([[2], [1]])]
+
+    def gathered(columns):
+        assert len(columns[0]) == distributed.rank()  # rank 1 has the only problem
+        return whole
+
+    monkeypatch.setattr(distributed, "gather_columns", gathered)
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "STATE", {"world": 2, "rank": rank})
+        monkeypatch.setattr(
+            distributed, "all_ranks", lambda value: compared.append(value) or [0, 0]
+        )
+        source = torch.Generator().manual_seed(0)
+        rows = rollout.sample(
+            engine, tokenizer, [{"prompt": [3]}], 1, 2, 1.0, source, engine="vllm"
+        )
+        assert len(compared) == rank + 1 and rows["length_B"].tolist() == [2]
 
 
 @pytest.mark.skipif(is_there, reason="vLLM is installed")
