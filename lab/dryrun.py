@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, D
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from system.loading import autocast, checkpoint_gradients, loaded
+from system.slots import CACHE
 
 FAKE = FakeTensorMode()
 
@@ -89,5 +90,5 @@ def token_bytes(network):
     read = DynamicCache()
     with FAKE, torch.no_grad(), autocast(network):
         token_BL = torch.zeros(1, 8, dtype=torch.long)
-        network.base_model(token_BL, past_key_values=read, use_cache=True)
+        network.base_model(token_BL, use_cache=True, **{CACHE: read})
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in read.layers) // 8

@@ -11,7 +11,7 @@ width of a head; L prompt tokens, T response tokens, V vocabulary.
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, DynamicCache, TopPLogitsWarper
+from transformers import Cache, DynamicCache, TopPLogitsWarper, __version__
 from transformers.cache_utils import DynamicLayer
 
 from system.loading import autocast
@@ -21,6 +21,8 @@ FIRST_COLUMNS = 64  # of the cache, beyond the longest prompt; the table doubles
 COMPACT_BELOW = 0.75  # with no answer waiting, slots are given up when fewer than this are in use
 CACHED = 2**20  # numbers that `draw` works on at a time on a CPU
 BLOCK = 128  # words that `draw` counts together
+# What transformers calls its cache.
+CACHE = "cache" if tuple(map(int, __version__.split(".")[:2])) >= (5, 24) else "past_key_values"
 STEPS_UNSEEN = 8  # tokens between two looks at what has ended, where a look holds the device up
 
 
@@ -57,7 +59,7 @@ def sample_in_slots(policy, prompts, samples, max_tokens, pick, generator, eos_N
             with autocast(policy):
                 logit_RV = policy(
                     input_ids=last_R[:, None], attention_mask=cache.mask(),
-                    position_ids=position_R[:, None], past_key_values=cache, use_cache=True,
+                    position_ids=position_R[:, None], use_cache=True, **{CACHE: cache},
                 ).logits[:, -1]  # fmt: skip
             cache.move_to(cache.now + 1)
             last_R, logp_R = pick(logit_RV, generator)
@@ -85,7 +87,7 @@ def read_prompts(policy, prompts):
     mask_PL = torch.arange(width, device=policy.device) >= width - length_P[:, None]
     position_PL = (mask_PL.cumsum(dim=1) - 1).clamp(min=0)
     read = DynamicCache()
-    how = {"position_ids": position_PL, "past_key_values": read, "use_cache": True}
+    how = {"position_ids": position_PL, CACHE: read, "use_cache": True}
     with autocast(policy):
         policy.base_model(input_ids=prompt_PL, attention_mask=mask_PL.long(), **how)
     said = f"{type(policy).__name__} keeps more than keys and values: sample with --engine hf"
