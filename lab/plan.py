@@ -67,14 +67,15 @@ def table_columns(prompt, response, several_waves):
     return columns
 
 
-def logit_bytes(tokens, words, width, size, backward):
-    """`logprobs.py` over N tokens: four slices and three copies of the hidden states; backward, the
+def logit_bytes(tokens, words, width, size, backward, memory):
+    """`logprobs.py` over N tokens: five slices and three copies of the hidden states; backward, the
     logits it keeps, and the gradients of output matrix and hidden states.
 
-    16 · max(SLICE, N) + 3 N D · size   [+ 4 · min(N V, max(KEEP, V D)) + V D · size + 4 N D]
+    20 · min(N V, slice_on_gpu) + 3 N D · size  [+ 4 · min(N V, max(KEEP, V D)) + V D · size + 4 N D]
     """
     kept = 4 * min(tokens * words, max(logprobs.KEEP, words * width))
-    held = 16 * max(logprobs.SLICE, tokens) + 3 * tokens * width * size
+    slices = 20 * min(tokens * words, logprobs.slice_on_gpu(memory))
+    held = slices + 3 * tokens * width * size
     return held + backward * (kept + words * width * size + 4 * tokens * width)
 
 
@@ -158,7 +159,8 @@ def memory(asked):
     _, scoring = activations(s.scoring, *s.scored, backward=False)
     kept, peak = activations(s.training, *s.micro)
     tokens = [rows * min(length, asked.response_length) for rows, length in (s.scored, s.micro)]
-    scored, trained = (logit_bytes(count, s.words, s.width, s.held, backward)
+    how = (s.words, s.width, s.held)
+    scored, trained = (logit_bytes(count, *how, backward, asked.gpu_memory * 1e9)
                        for count, backward in zip(tokens, (False, True)))  # fmt: skip
     # Whole weights: two layers, at work and on its way, and the embeddings; gradients, of one.
     gathered, more = (several * s.size * (n * s.layer + s.embeddings) for n in (2, 1))
@@ -174,14 +176,15 @@ def memory(asked):
     }
 
 
-def step(asked, response):
-    """{phase: (operations, seconds)} of one GPU in one step, every answer `response` tokens long.
+def step(asked):
+    """{phase: (operations, seconds)} of one GPU in one step, every answer as long as may be.
 
     Sampling: the prompts, then ⌈B · N / slots⌉ · T steps for N GPUs that sample as one, bound by
     what they read or compute. Scoring: a forward pass of policy and critic. Updates: three times
     that, four with checkpointing; the output matrix four times, for its logits are made again.
     """
-    s, prompt, end = shapes(asked), asked.prompt_length, asked.prompt_length + response
+    s, prompt, response = shapes(asked), asked.prompt_length, asked.response_length
+    end = prompt + response
     rate, bandwidth = asked.gpu_tflops * 1e12 * COMPUTE_USE, asked.gpu_bandwidth * 1e9
     together, both, updated = asked.tensor_parallel, 2 - asked.critic_free, s.updates * s.updated
     forward, head = partial(forward_operations, s.body, s.attention), 2 * s.words * s.width
@@ -205,13 +208,11 @@ def report(asked):
     """Prints the plan. Returns: {"gigabytes": of one GPU in each phase, "seconds", "fits"}."""
     s, parts, limit = shapes(asked), memory(asked), asked.gpu_memory * 1e9
     full = [sum(column) for column in zip(*parts.values())]
-    lengths = asked.response_length, max(1, asked.response_length // 2)
-    steps = [step(asked, length) for length in lengths]
-    taken = [sum(seconds for _, seconds in phases.values()) for phases in steps]
-    plural, (rows, length) = "s" * (asked.gpus > 1), s.micro
+    phases, (rows, length) = step(asked), s.micro
+    seconds = sum(taken for _, taken in phases.values())
     beside = f" on {asked.tensor_parallel} GPUs" * (asked.tensor_parallel > 1)
-    print(f"on paper: {asked.model} on {asked.gpus} GPU{plural} of {asked.gpu_memory:g} GB")
-    said = f"answers of at most {lengths[0]:,} tokens"
+    print(f"on paper: {asked.model}, {asked.gpus} x {asked.gpu_memory:g} GB")
+    said = f"answers of {asked.response_length:,} tokens"
     print(f"policy {s.policy:,} parameters, critic {s.critic:,}; {said}")
     said = f"{s.updates} updates of {s.updated} answers, {rows} x {length:,} tokens at once\n"
     beside = f"{s.slots} side by side{beside}"
@@ -227,22 +228,17 @@ def report(asked):
         said = "--engine vllm --tensor_parallel N, more --gpus"
         phase = list(LESS)[full.index(max(full))]
         print(f"fullest: {phase}; less memory with {LESS[phase]}, {said}")
-    said = f"{lengths[0]:,} tokens, and if {lengths[1]:,}; one GPU's operations"
-    print(f"\none step, if every answer has {said}")
-    for name in steps[0]:
-        pairs = [phases[name] for phases in steps]
-        texts = ((f"{work / 1e15:,.0f} PFLOP", f"{seconds:,.0f} s") for work, seconds in pairs)
-        line(name, *sum(texts, ()))
-    line("together", "", f"{taken[0] / 3600:.2f} h", "", f"{taken[1] / 3600:.2f} h")
-    tokens = [f"{asked.prompts * asked.samples * length:,}" for length in lengths]
-    line("answer tokens, all GPUs", "", tokens[0], "", tokens[1])
+    line("\none step, operations of one GPU")
+    for name, (work, taken) in phases.items():
+        line(name, f"{work / 1e15:,.0f} PFLOP", f"{taken:,.0f} s")
+    line("together", "", f"{seconds / 3600:.2f} h")
     print(
         f"assumed: {COMPUTE_USE:.0%} of {asked.gpu_tflops:g} TFLOP/s, {BANDWIDTH_USE:.0%} of "
         f"{asked.gpu_bandwidth:g} GB/s, prompts of {asked.prompt_length:,} tokens; no time\nfor "
         "starting kernels, between GPUs, for verdicts and evaluations; no fragments of memory"
     )
     fits = max(full) <= limit and s.slots > 0
-    return {"gigabytes": tuple(number / 1e9 for number in full), "seconds": taken[0], "fits": fits}
+    return {"gigabytes": tuple(number / 1e9 for number in full), "seconds": seconds, "fits": fits}
 
 
 @run.exit_on_bad_input
