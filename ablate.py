@@ -6,7 +6,8 @@
     python ablate.py --out runs/again/results --runs runs/again   # from nothing
     python ablate.py --quick                        # everything once in small: a smoke test
 
-1. One embedded world, one reward model and one pretrained critic in it, from which runs start.
+1. One embedded world, one reward model in it, and one critic pretrained from that, as in the paper;
+   with value pretraining a run starts from the critic, without from the reward model.
 2. Each run is `python train_vapo.py` with one row's flags, on one core; a killed run is resumed, a
    finished one never repeated.
 3. A finished run's metrics.jsonl is copied to OUT/raw. From those files `python -m lab.report`
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from system import jobs, settings as flags
 from system.run import exit_on_bad_input, require
 from system.settings import NOT_NEGATIVE, flag
+from train_vapo import PRESETS
 
 # fmt: off
 # Long, heterogeneous answers with a sparse outcome: 10 to 120 steps, 22 to 250 tokens and more with
@@ -32,7 +34,8 @@ WORLD = {"min_steps": 10, "max_steps": 120, "slip": 0.08, "layers": 4, "updates"
 # 16 updates a rollout, as in the paper.
 RUN = {"steps": 24, "prompts": 16, "samples": 16, "mini_batch": 16, "alpha": 0.5, "critic_lr": 5e-4,
        "eval_every": 3, "eval_samples": 4, "save_every": 6}
-REWARD_MODEL = {"answers": 8192, "lr": 5e-4, "batch": 32, "passes": 8, "patience": 3}
+REWARD_MODEL = {"objective": "reward", "answers": 8192, "lr": 5e-4, "batch": 32, "passes": 8,
+                "patience": 3}
 VALUE = {"answers": 8192, "lr": 1e-3, "decay": True, "batch": 32, "short_passes": 12, "passes": 6,
          "patience": 6}
 QUICK_WORLD = {"min_steps": 2, "max_steps": 8, "layers": 2, "updates": 60, "test_problems": 8}
@@ -66,10 +69,6 @@ for name, lr in ((name, lr) for name in LEARNING_RATES for lr in TRIED):
     ROWS[f"{name}_lr_{lr:g}"] = (f"{name}, lr {lr:g}", {"preset": name, "lr": lr})
 for lr in (1e-4, 1e-3):
     ROWS[f"vapo_critic_lr_{lr:g}"] = (f"vapo, critic lr {lr:g}", {"critic_lr": lr})
-ROWS["vapo_from_reward_model"] = (
-    "VAPO, critic pretrained from the reward model", {"critic": "value_from_reward_model"},
-)  # fmt: skip
-GROUPS["paper"].append("vapo_from_reward_model")
 GROUPS["tuning"] = [row for row in ROWS if "_lr_" in row]
 
 
@@ -93,15 +92,15 @@ def row_settings(row, seed, quick=False):
     if quick and own.get("preset") == "dapo":
         small = small | {"dynamic_sampling": 100}
     common = RUN | {"lr": LEARNING_RATES["vapo"], "seed": seed, "device": "cpu"}
-    return common | small | own
+    return PRESETS[own.get("preset", "vapo")] | common | small | own
 
 
 def run_flags(row, seed, runs, quick=False):
     """The flags of `train_vapo.py` for one row and seed: the world's, the row's, its files."""
     own = ROWS[row][1]
     preset, files = own.get("preset", "vapo"), {"out": runs / f"{row}-{seed}"}
-    if "critic" in own or own.get("value_pretraining", preset in ("vapo", "vc_ppo")):
-        files["critic"] = runs / own.get("critic", "value") / "critic"
+    if own.get("value_pretraining", preset in ("vapo", "vc_ppo")):
+        files["critic"] = runs / "value" / "critic"
     elif preset not in ("grpo", "dapo"):
         files["reward_model"] = runs / "reward_model" / "critic"
     settings = row_settings(row, seed, quick)
@@ -114,27 +113,22 @@ def is_there(path, where, row, seed, quick):
     if path.exists():
         first = path.read_text() if path.suffix == ".json" else path.read_text().split("\n")[0]
         had, wanted = json.loads(first), row_settings(row, seed, quick)
-        had, files = had.get("config", had)["settings"], ("critic", "device")
-        differ = ", ".join(n for n, v in wanted.items() if n not in files and had.get(n) != v)
+        had = had.get("config", had)["settings"] | {"device": "cpu"}
+        wanted.pop("reward_model", None)  # "fit" in a preset, a directory here
+        differ = ", ".join(name for name, value in wanted.items() if had.get(name) != value)
         said = f"{where} has another {differ} than {row} has now"
         require(not differ, f"{said}: remove it, or give another --out and --runs")
     return path.exists()
 
 
 def prepare(runs, out, quick):
-    """The world, the reward model and the critics, unless they are there; their curves to OUT/raw.
-
-    VAPO's critic starts from the policy's trunk, the third, as the paper's, from the reward model.
-    """
+    """World, reward model and critic, unless they are there; their curves go to OUT/raw."""
     world = runs / "world"
     settings = WORLD | (QUICK_WORLD if quick else {}) | {"out": world}
     jobs.call("toy.py", to_flags(settings), f"{world}.log")
     reward_model, answers = runs / "reward_model" / "critic", runs / "reward_model" / "answers.pt"
-    value = VALUE | {"reuse_answers": answers}
-    for name, own in (
-        ("reward_model", REWARD_MODEL | {"objective": "reward"}), ("value", value),
-        ("value_from_reward_model", value | {"init": reward_model}),
-    ):  # fmt: skip
+    value = VALUE | {"init": reward_model, "reuse_answers": answers}
+    for name, own in {"reward_model": REWARD_MODEL, "value": value}.items():
         own |= (QUICK_VALUE if quick else {}) | {"device": "cpu", "out": runs / name}
         if not (runs / name / "critic").exists():
             print(f"fitting {name}: see {runs / name}.log", flush=True)
@@ -147,9 +141,8 @@ def prepare(runs, out, quick):
         require(same, f"{said} (another machine or version): give another --out")
         jobs.keep(runs / name, kept)
     if not (out / "positions.jsonl").exists():
-        after = runs / "value_from_reward_model" / "critic"
-        own = {"before": reward_model, "after": after, "answers": answers, "device": "cpu"}
-        own |= {"out": out / "positions.jsonl"}
+        own = {"before": reward_model, "after": runs / "value" / "critic", "answers": answers,
+               "device": "cpu", "out": out / "positions.jsonl"}  # fmt: skip
         jobs.call("lab.bias", to_flags(own), f"{runs}/bias.log")
 
 

@@ -56,7 +56,8 @@ PRESETS = {
     # arXiv 2402.03300, without its KL term; arXiv 2503.14476
     "grpo": {"critic_free": True, "token_level_loss": False, "clip_higher": False,
              "positive_nll": False},
-    "dapo": {"critic_free": True, "positive_nll": False, "dynamic_sampling": 10, "overlong": 0.2},
+    "dapo": {"critic_free": True, "positive_nll": False, "dynamic_sampling": 10, "overlong": 0.2,
+             "reward_wrong": -1.0},
 }
 
 

@@ -28,9 +28,7 @@ def runs(world, tmp_path_factory):
     flags = [f"@{world}/train_value.args", "--answers=512", "--passes=3", "--response_length=24"]
     train_value.main([*flags, "--objective=reward", f"--out={runs}/reward_model"])
     flags += [f"--reuse_answers={runs}/reward_model/answers.pt"]
-    train_value.main([*flags, f"--out={runs}/value"])
-    flags += [f"--init={runs}/reward_model/critic", f"--out={runs}/value_from_reward_model"]
-    train_value.main(flags)
+    train_value.main([*flags, f"--init={runs}/reward_model/critic", f"--out={runs}/value"])
     return runs
 
 

@@ -44,6 +44,14 @@ def test_overlong_punishment_at_its_corners():
     assert punished_B.tolist() == pytest.approx([0, -0.5, -1])
 
 
+def test_a_right_answer_at_the_limit_is_worth_more_than_a_short_wrong_one():
+    """Right, cut at nothing but as long as may be: 1 − 1 = 0. Wrong and short: −1, not 0."""
+    dapo_settings = train_vapo.Settings(**train_vapo.PRESETS["dapo"])
+    right, wrong = dapo_settings.reward_correct, dapo_settings.reward_wrong
+    punished_B = dapo.overlong_punishment(torch.tensor([100, 5]), 100, 20)
+    assert (torch.tensor([right, wrong]) + punished_B).tolist() == [0, -1]
+
+
 @pytest.fixture
 def collect(monkeypatch):
     """collect(batches, settings …) → (rows, drawn). A batch is given as the texts of its groups'

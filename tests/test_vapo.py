@@ -254,7 +254,7 @@ def test_the_presets_are_those_of_their_papers():
         "grpo": {"critic_free": True, "token_level_loss": False, "clip_higher": False,
                  "positive_nll": False},
         "dapo": {"critic_free": True, "positive_nll": False, "dynamic_sampling": 10,
-                 "overlong": 0.2},
+                 "overlong": 0.2, "reward_wrong": -1.0},
     }  # fmt: skip
 
 
