@@ -1,7 +1,7 @@
 """The evidence: VAPO, VAPO without each of its seven pieces, and its rivals, over several seeds.
 
     python ablate.py                                # all rows, 5 seeds; stopped, it goes on
-    python ablate.py --rows added alpha             # PPO with one piece each; a sweep of α
+    python ablate.py --rows added                   # PPO with one piece each
     python ablate.py --rows tuning --seeds 100 101  # how the learning rates were chosen
     python ablate.py --out runs/again/results --runs runs/again   # from nothing
     python ablate.py --quick                        # everything once in small: a smoke test
@@ -62,9 +62,6 @@ GROUPS = {"paper": list(ROWS)}
 for piece, title in PIECES.items():
     ROWS[f"ppo_with_{piece}"] = (f"PPO with {title}", ROWS["ppo"][1] | {piece: True})
 GROUPS["added"] = ["ppo", *(row for row in ROWS if row.startswith("ppo_with_"))]
-for alpha in (0.05, 0.1, 0.2, 1.0, 2.0):
-    ROWS[f"alpha_{alpha:g}"] = (f"VAPO, α = {alpha:g}", {"alpha": alpha})
-GROUPS["alpha"] = ["vapo", *(row for row in ROWS if row.startswith("alpha_"))]
 for name, lr in ((name, lr) for name in LEARNING_RATES for lr in TRIED):
     ROWS[f"{name}_lr_{lr:g}"] = (f"{name}, lr {lr:g}", {"preset": name, "lr": lr})
 for lr in (1e-4, 1e-3):

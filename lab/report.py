@@ -6,18 +6,25 @@
 """
 
 import math
-from contextlib import suppress
-from itertools import accumulate
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 
-from ablate import GROUPS, ROWS, Settings
-from lab.figures import PAPER, TITLES, draw_all
-from lab.plot import curve, need
+from ablate import GROUPS, PIECES, ROWS, Settings
+from lab.plot import curve, draw, draw_curves, need
 from system.jobs import lines_of
 from system.run import exit_on_bad_input
 from system.settings import parse
 
+# fmt: off
+# AIME 2024, avg@32, of Qwen2.5-32B (arXiv 2504.05118, table 1).
+PAPER = {"vapo": 60, "no_value_pretraining": 11, "no_decoupled_gae": 33,
+         "no_length_adaptive_gae": 45, "no_clip_higher": 46, "no_token_level_loss": 53,
+         "no_positive_nll": 54, "no_group_sampling": 55, "ppo": 5, "dapo": 50}
+TITLES = {row: title for row, (title, _) in ROWS.items()}
+RIVALS = ("vapo", "dapo", "grpo", "vc_ppo", "ppo")
+CRITICS = ("vapo", "no_value_pretraining", "ppo")
+# fmt: on
 HEAD = (
     "| | paper: AIME 2024 | here: accuracy | minus VAPO, paired | steps to DAPO's best | answers | "
     f"minutes | seeds |\n{'|---' * 8}|\n"
@@ -29,17 +36,6 @@ critics. Answers and minutes are those of RL; the rows with a pretrained critic 
 8,192 answers more."""
 RATES = """\
 Accuracy of the training rollouts, mean of the last quarter; on seeds that no other table uses."""
-FINDINGS = (  # each is said if all its numbers are known
-    "Without one piece, below VAPO: {below} of {pieces} rows; the 95% interval excludes 0: {surely}"
-    ". Above VAPO with an interval that excludes 0: {above}.",
-    "Rank correlation with the paper's table over {rows} rows: {rho:.2f}.",
-    "DAPO's best score, {best:.3f} (mean over seeds), comes after {last} gradient steps; VAPO "
-    "{reaches} (the paper: 60%).",
-    "VAPO's largest fall below its best so far, in the last quarter of any seed: {fall:.3f}.",
-    "First-slip AUC of VAPO's critic in the last quarter of RL: {auc:.2f}.",
-    "The pretrained critic, on held-out problems: explained variance {explained_variance:.3f}, "
-    "{share:.0%} of the best possible; first-slip AUC {slip_auc:.2f}.",
-)
 
 
 def mean_interval(numbers):
@@ -49,13 +45,6 @@ def mean_interval(numbers):
     n = len(numbers)
     t = stats.t.ppf(0.975, n - 1)
     return fmean(numbers), t * stdev(numbers) / math.sqrt(n) if n > 1 else math.nan
-
-
-def rank_correlation(xs, ys):
-    """Spearman's ρ: the correlation of the ranks."""
-    from scipy import stats
-
-    return stats.spearmanr(xs, ys).statistic
 
 
 def read_raw(out):
@@ -85,13 +74,11 @@ def summarise(runs):
     best_dapo = max(y for _, y in mean_curve(runs["dapo"])) if "dapo" in runs else math.nan
     summary = {}
     for row, by_seed in runs.items():  # VAPO first
-        own, falls, seconds, trained, answers = {}, [], [], [], []
+        own, seconds, trained, answers = {}, [], [], []
         for seed, lines in by_seed.items():
             points = curve(lines, "test_accuracy")
             own[seed] = points[-1][1]
             answers.append(lines[-1]["answers"])
-            bests = accumulate((y for _, y in points), max)  # so far, not those to come
-            falls += last_quarter([(step, best - y) for (step, y), best in zip(points, bests)])
             trained.append(fmean(last_quarter(curve(lines, "accuracy"))))
             seconds += [y for line in lines for name, y in line.items() if "seconds_" in name]
         reached = [step for step, y in mean_curve(by_seed) if y >= best_dapo]
@@ -100,7 +87,7 @@ def summarise(runs):
         mean, half = mean_interval(list(own.values()))
         vapo = summary["vapo"]["finals"] if "vapo" in summary else {}
         summary[row] = {
-            "accuracy": mean, "half": half, "finals": own, "seeds": len(own), "fall": max(falls),
+            "accuracy": mean, "half": half, "finals": own, "seeds": len(own),
             "steps_to_dapo": round(reached[0] * updates) if reached else None,
             "answers": fmean(answers), "minutes": sum(seconds) / len(own) / 60,
             "training_accuracy": fmean(trained)}  # fmt: skip
@@ -125,40 +112,6 @@ def table(summary, rows, paper):
     return HEAD + "\n".join(lines)
 
 
-def findings(runs, summary, value):
-    """What a reader of the paper would ask of the table, as lines. value: of value pretraining."""
-    known, vapo, dapo = {}, summary.get("vapo"), summary.get("dapo")
-    apart = [(n["difference"], n["difference_half"]) for row, n in summary.items()
-             if row.startswith("no_") and "difference" in n]  # fmt: skip
-    if apart:
-        known |= {"pieces": len(apart), "below": sum(x < 0 for x, _ in apart)}
-        known["surely"] = sum(x + half < 0 for x, half in apart)
-        known["above"] = sum(x - half > 0 for x, half in apart)
-    shared = [row for row in PAPER if row in summary]
-    if len(shared) > 2:
-        pairs = [(PAPER[row], summary[row]["accuracy"]) for row in shared]
-        known |= {"rows": len(shared), "rho": rank_correlation(*map(list, zip(*pairs)))}
-    if vapo and dapo:
-        known["best"] = max(y for _, y in mean_curve(runs["dapo"]))
-        ours, last = vapo["steps_to_dapo"], dapo["steps_to_dapo"]
-        share = f": {ours / last:.0%}" if ours is not None and last else ""
-        reaches = "never reaches it" if ours is None else f"reaches it after {ours}{share}"
-        known |= {"last": last, "reaches": reaches}
-    if vapo:
-        known["fall"] = vapo["fall"]
-        slips = [last_quarter(curve(lines, "slip_auc")) for lines in runs["vapo"].values()]
-        known |= {"auc": fmean(sum(slips, []))} if all(slips) else {}
-    if judged := [line for line in value if line.get("best_explained_variance")]:
-        kept = min(judged, key=lambda line: line["value_loss"])
-        share = kept["explained_variance"] / kept["best_explained_variance"]
-        known |= kept | {"share": share}
-    lines = []
-    for text in FINDINGS:
-        with suppress(KeyError):
-            lines.append(text.format(**known))
-    return lines
-
-
 def provenance(out):
     """One line: how many runs, on which revisions, versions and machines."""
     paths = (out / "raw").glob("*-*.jsonl")
@@ -181,10 +134,8 @@ def report(out):
     shown = {group: [row for row in rows if row in summary] for group, rows in GROUPS.items()}
     if shown["paper"]:
         text += [ACCURACY, table(summary, shown["paper"], PAPER)]
-        text.append("\n".join(f"- {line}" for line in findings(runs, summary, value)))
-    for group, title in (("added", "PPO with one piece"), ("alpha", "α of length-adaptive GAE")):
-        if set(shown[group]) - {GROUPS[group][0]}:
-            text += [f"## {title}", table(summary, shown[group], {})]
+    if shown["added"][1:]:
+        text += ["## PPO with one piece", table(summary, shown["added"], {})]
     if shown["tuning"]:
         lines = ["| | training accuracy | seeds |", "|---|---|---|"]
         for row, n in ((row, summary[row]) for row in shown["tuning"]):
@@ -194,6 +145,122 @@ def report(out):
         text += [f"![{name}]({name})", sentence]
     (out / "README.md").write_text("\n\n".join(text) + "\n")
     return summary
+
+
+# fmt: off
+def draw_all(runs, summary, positions, value, out):
+    """Draws what there is data for into OUT; returns [(file name, what to see in it)].
+    Args: summary, {row: numbers}; positions, the lines of bias.py; value, of value pretraining."""
+    def by_steps(rows, name, title, *limits):
+        return title, "gradient steps", partial(bands, runs, rows, name, limits)
+
+    def fitting(title, *curves):
+        return title, "optimiser steps", partial(draw_curves, curves)
+
+    def by_token(title, curves):
+        return title, "token position", partial(draw_curves, curves)
+
+    vapo, single = "vapo" in runs, any(row.startswith("ppo_with_") for row in runs)
+    figures = [  # file, whether there is data for it, what to see in it, inches, panels of `draw`
+        ("methods.png", vapo,
+         "Who learns fastest, and who is best at the end, at the same number of gradient steps.",
+         (7.5, 4.5), [by_steps(RIVALS, "test_accuracy",
+                               "held-out accuracy at T = 1 (mean and range over seeds)", 0, 1)]),
+        ("dynamics.png", vapo,
+         "Length and accuracy should grow and entropy fall without collapse. (Accuracy: all "
+         "answers drawn; DAPO's entropy: those that it kept.)", (13, 3.8), [
+             by_steps(RIVALS, "test_length", "held-out response length (tokens)"),
+             by_steps(RIVALS, "entropy", "entropy (nats)"),
+             by_steps(RIVALS, "accuracy", "accuracy of the training rollouts")]),
+        ("critics.png", vapo,
+         "The critic through RL, beside what any critic could know.", (13, 3.6), [
+             by_steps(CRITICS, "explained_variance", "explained variance of the critic", -0.2, 1),
+             by_steps(CRITICS, "best_explained_variance", "of the best possible critic", -0.2, 1),
+             by_steps(CRITICS, "slip_auc", "first-slip AUC", 0.4, 1)]),
+        ("ablation.png", len(set(PAPER) & set(summary)) > 1,
+         "Each bar left is the paper's, right ours; sorted by the paper's.", (11, 4.7), [
+             ("paper: AIME 2024, avg@32 (%)", "", partial(bars, summary, False)),
+             ("here: held-out accuracy (%)", "", partial(bars, summary, True))]),
+        ("pieces.png", single,
+         "What one piece does alone, and what the others cannot make up for: its distance from "
+         "each dashed line.", (8.5, 4.5), [
+             ("held-out accuracy with one piece taken from VAPO, or given to PPO", "accuracy",
+              partial(pieces, summary))]),
+        ("bias.png", positions,
+         "On held-out problems: a reward model as critic is off the dashed line before the end, so "
+         "its advantages are not 0 on average.", (11, 3.8), [
+             by_token("mean V", means(positions, "value")),
+             by_token("mean advantage at λ = 0.95", means(positions, "advantage"))]),
+        ("pretraining.png", value,
+         "What value pretraining reaches on held-out problems.", (13, 3.6), [
+             fitting("held-out value loss", (curve(value, "value_loss"), "o-", None)),
+             fitting("explained variance", (curve(value, "explained_variance"), "o-", "the critic"),
+                     (curve(value, "best_explained_variance"), "k--", "the best possible")),
+             fitting("first-slip AUC", (curve(value, "slip_auc"), "o-", None))]),
+    ]
+    figures = [figure for figure in figures if figure[1]]
+    for name, _, _, size, panels in figures:
+        draw(out / name, size, panels)
+    return [(name, sentence) for name, _, sentence, *_ in figures]
+# fmt: on
+
+
+def bands(runs, rows, name, limits, axis):
+    """A metric's mean over seeds, and a band from lowest to highest."""
+    first = axis.get_subplotspec().is_first_col()
+    for i, row in enumerate(row for row in rows if row in runs):
+        numbers = {}
+        for line in sum(runs[row].values(), []):
+            if line.get(name) is not None:
+                numbers.setdefault(line.get("gradient_steps", 0), []).append(line[name])
+        most = max(map(len, numbers.values()), default=0)
+        numbers = {step: ys for step, ys in sorted(numbers.items()) if len(ys) == most}
+        low, mean, high = ([f(ys) for ys in numbers.values()] for f in (min, fmean, max))
+        axis.plot(list(numbers), mean, color=f"C{i}", label=TITLES[row] if first else None)
+        axis.fill_between(list(numbers), low, high, color=f"C{i}", alpha=0.15, linewidth=0)
+    axis.set_ylim(*limits)
+
+
+def bars(summary, ours, axis):
+    """The rows that the paper has too, by its numbers or by ours."""
+    rows = sorted((row for row in PAPER if row in summary), key=PAPER.get)
+    numbers = [100 * summary[row]["accuracy"] if ours else PAPER[row] for row in rows]
+    half = [100 * summary[row]["half"] for row in rows] if ours else None
+    colors = ["C1" if row in ("ppo", "dapo") else "C0" for row in rows]
+    axis.barh(range(len(rows)), numbers, xerr=half, color=colors)
+    axis.set_yticks(range(len(rows)), ["" if ours else TITLES[row] for row in rows])
+
+
+def pieces(summary, axis):
+    """VAPO without each piece, PPO with it: a small dot a seed, a large one their mean."""
+    names = [piece for piece in PIECES if f"ppo_with_{piece}" in summary][::-1]
+    finals = {row: list(numbers["finals"].values()) for row, numbers in summary.items()}
+    for color, end, prefix, label, shift in (
+        ("C0", "vapo", "no_", "VAPO without it", 0.12),
+        ("C1", "ppo", "ppo_with_", "PPO with it alone", -0.12),
+    ):
+        if end in finals:
+            axis.axvline(fmean(finals[end]), color=color, ls="--", lw=1, label=TITLES[end])
+        for y, name in enumerate(names):
+            if numbers := finals.get(prefix + name):
+                at, shown = [y + shift] * len(numbers), None if y else label
+                axis.scatter(numbers, at, s=10, color=color, alpha=0.5)
+                axis.scatter(fmean(numbers), y + shift, s=50, color=color, label=shown)
+    axis.set_yticks(range(len(names)), [PIECES[name] for name in names])
+    axis.set_xlim(-0.02, 1)
+
+
+def means(positions, what):
+    """Lines of VC-PPO's bias figure (arXiv 2503.01491 §3)."""
+
+    def points(name):
+        return [(line["position"], line[name]) for line in positions]
+
+    zero = [(t, 0) for t, _ in points("outcome")]
+    outcome = (points("outcome"), "k--", "mean outcome of the answers that get there")
+    return [outcome if what == "value" else (zero, "k--", None),
+            (points(f"{what}_before"), "C0", "reward model as critic"),
+            (points(f"{what}_after"), "C1", "after value pretraining")]  # fmt: skip
 
 
 @exit_on_bad_input

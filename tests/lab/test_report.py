@@ -52,18 +52,12 @@ def test_the_table_is_computed_from_the_files_as_by_hand(tmp_path):
     row = summary["no_clip_higher"]
     assert row["difference"] == pytest.approx(-0.35)
     assert row["difference_half"] == pytest.approx(0.6353, rel=1e-4)
-    assert row["fall"] == pytest.approx(0.1)  # seed 0: 0.5 after 0.6, both in its last quarter
     # DAPO's best mean is 0.65, after 8 rollouts = 32 gradient steps; VAPO's mean is 0.65 after
     # 4 = 16; the third never.
     steps = [summary[row]["steps_to_dapo"] for row in ("dapo", "vapo", "no_clip_higher")]
     assert steps == [32, 16, None]
     assert summary["dapo"]["answers"] == 1200
     assert summary["vapo"]["minutes"] == pytest.approx(8 * 1.5)
-    lines = report.findings(runs, summary, [])
-    said = "below VAPO: 1 of 1 rows; the 95% interval excludes 0: 0. Above VAPO with an interval"
-    assert f"{said} that excludes 0: 0." in lines[0] and "over 3 rows: 1.00" in lines[1]
-    said = "0.650 (mean over seeds), comes after 32 gradient steps; VAPO reaches it after 16: 50%"
-    assert said in lines[2] and lines[3].endswith("0.000.")
     report.main([f"--out={out}"])
     text = (out / "README.md").read_text()
     said = "| w/o clip-higher | 46 | 0.450 ± 0.635 | -0.350 ± 0.635 | – | 800 | 12.0 | 2 |"
@@ -72,7 +66,7 @@ def test_the_table_is_computed_from_the_files_as_by_hand(tmp_path):
         assert (out / name).stat().st_size > 5000
 
 
-def test_the_sweep_the_learning_rates_and_the_critic_are_told_apart(tmp_path):
+def test_single_pieces_learning_rates_and_the_critic_are_told_apart(tmp_path):
     known = {"best_explained_variance": 0.4}
     value = [
         {"step": 0, "value_loss": 0.1, "explained_variance": 0.0, "slip_auc": 0.5} | known,
@@ -82,23 +76,18 @@ def test_the_sweep_the_learning_rates_and_the_critic_are_told_apart(tmp_path):
         {"step": 4, "value_loss": 0.06, "explained_variance": 0.1, "slip_auc": 0.9} | known,
     ]
     out = kept(tmp_path, {
-        "vapo-0": curve(0.4, 0.8), "alpha_0.1-0": curve(0.3, 0.6), "ppo-0": curve(0.2, 0.3),
+        "vapo-0": curve(0.4, 0.8), "ppo-0": curve(0.2, 0.3),
         "ppo_with_positive_nll-0": curve(0.2, 0.5), "value": value,
         "ppo_lr_0.0001-100": curve(0.1, 0.2, 0.4, 0.6),
         "ppo_lr_0.0001-101": curve(0.2, 0.2, 0.2, 0.2),
     })  # fmt: skip
     report.main([f"--out={out}"])
     text = (out / "README.md").read_text()
-    single = text.partition("## PPO with one piece")[2].partition("## α of")[0]
+    single, rates = text.partition("## PPO with one piece")[2].split("## Learning rates")
     assert "| PPO with positive-example NLL |  | 0.500 | -0.300 |" in single
-    sweep, rates = text.partition("## α of")[2].split("## Learning rates")
-    assert "| VAPO, α = 0.1 |  | 0.600 | -0.200 |" in sweep
-    assert "| VAPO |" in sweep and "PPO |" not in sweep
     # The last quarter of 8 rollouts is 6, 7 and 8: trained at half of 0.4, 0.6, 0.6, mean 0.2667;
     # the other seed 0.1: together 0.183.
-    assert "| ppo, lr 0.0001 | 0.183 | 2 |" in rates and "α" not in rates.partition("!")[0]
-    said = "explained variance 0.300, 75% of the best possible; first-slip AUC 0.80."
-    assert said in text and "pieces.png" in text
+    assert "| ppo, lr 0.0001 | 0.183 | 2 |" in rates and "pieces.png" in text
     assert (out / "pieces.png").stat().st_size > 5000
 
 
@@ -111,17 +100,13 @@ def test_a_best_score_at_the_start_is_no_never():
     runs = {"vapo": {0: curve(0.05, 0.2)}, "dapo": {0: curve(0.05, 0.05)}}
     summary = report.summarise(runs)
     assert summary["vapo"]["steps_to_dapo"] == summary["dapo"]["steps_to_dapo"] == 0
-    said = " ".join(report.findings(runs, summary, []))
-    assert "VAPO reaches it after 0 (the paper" in said
 
 
-def test_intervals_and_rank_correlation_by_hand():
+def test_intervals_by_hand():
     mean, half = report.mean_interval([1.0, 2.0, 3.0])  # s = 1, t = 4.303, √3
     assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3), rel=1e-4)
     mean, half = report.mean_interval([5.0])
     assert mean == 5 and math.isnan(half)
-    rho = report.rank_correlation([1, 2, 3, 4], [10, 20, 40, 30])
-    assert rho == pytest.approx(1 - 6 * 2 / (4 * 15))
 
 
 def test_the_results_in_this_repository_are_what_their_raw_files_say(tmp_path):
@@ -131,7 +116,7 @@ def test_the_results_in_this_repository_are_what_their_raw_files_say(tmp_path):
     again, stored = (out / "README.md" for out in (tmp_path, RESULTS))
     assert again.read_text().split() == stored.read_text().split()
     names = re.findall(r"\]\((\w+\.png)\)", again.read_text())
-    assert len(names) == 8 and all((tmp_path / name).stat().st_size > 5000 for name in names)
+    assert len(names) == 7 and all((tmp_path / name).stat().st_size > 5000 for name in names)
 
 
 def test_without_runs_it_writes_nothing_and_without_matplotlib_it_says_so(
