@@ -58,11 +58,9 @@ def majority(answers):
 
 def evaluate(policy, tokenizer, problems, samples, settings, verify, temperature, progress=None):
     """`samples` answers to each problem at a temperature and --eval_top_p, and a greedy one.
-
     Returns: (metrics, rows, results): accuracy (avg@samples), pass_at_k and majority (k = samples),
         greedy_accuracy, length (mean response tokens), truncated (share cut at the limit); the
-        judged rows; a dict for each problem, to look at.
-    """
+        judged rows; a dict for each problem, to look at."""
     source = seeded_generator(settings.seed, "evaluation", policy.device)
     how = {"max_tokens": settings.response_length, "generator": source, "engine": settings.engine,
            "sample_rows": settings.sample_rows, "progress": progress}  # fmt: skip

@@ -20,10 +20,8 @@ from table import micro_batches, response_mask, response_tokens, take
 
 def set_up(settings, files, critics=(), policy=None):
     """What every script begins with; bad input is found before any long work.
-
     Args: files, of problems; critics, directories to check; policy, where the caller has it.
-    Returns: (policy, tokenizer, [the problems of each file]).
-    """
+    Returns: (policy, tokenizer, [the problems of each file])."""
     device = pick_device(settings.device)
     torch.manual_seed(settings.seed)
     tokenizer = loading.load_tokenizer(settings.model)
@@ -43,10 +41,8 @@ def set_up(settings, files, critics=(), policy=None):
 
 def response_hidden(trunk, rows, shift=0):
     """Hidden states [B, T, D] at the position before each response token (shift=1: at it).
-
     Args: rows, with token_BL, prompt_length_B and length_B; T = the longest response here.
-    Positions past a row's end repeat its last one; they are padding, and weightless.
-    """
+    Positions past a row's end repeat its last one; they are padding, and weightless."""
     again = torch.is_grad_enabled()  # gradient checkpointing
     layers = [m for m in trunk.modules() if again and getattr(m, "gradient_checkpointing", False)]
     for layer in layers:  # transformers looks for train mode; nothing inside gets it: no dropout
@@ -82,9 +78,7 @@ def policy_logprobs(policy, rows, temperature, compile=False):
 @gathers
 def critic_values(critic, rows, shift=0):
     """value_BT: V of the state before each response token, float32.
-
-    shift=1: V after it, where a reward model scores.
-    """
+    shift=1: V after it, where a reward model scores."""
     with autocast(critic):
         hidden_BTD = response_hidden(critic.base_model, rows, shift)
     value_N1 = value_head(critic)(hidden_BTD.float().flatten(0, 1))

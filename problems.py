@@ -24,12 +24,10 @@ def encode_prompts(
     problems, tokenizer, template, prompt_length, chat_template=True, drop_long=False
 ):
     """Adds "prompt" (token ids) to each problem; returns those that are not too long.
-
     The prompt is the template filled in, or the problem's own chat messages. Where `chat_template`
     and the tokenizer has one, the user says it in the model's chat format, up to where the
     assistant answers. Raises: BadInput if prompts are longer than `prompt_length` tokens and not
-    `drop_long`, or all are.
-    """
+    `drop_long`, or all are."""
     for problem in problems:
         messages = problem.get("messages")
         text = problem["problem"]

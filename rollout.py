@@ -39,11 +39,9 @@ def verifier_of(settings):
 
 def collect(sampler, tokenizer, problems, verify, settings, generators, progress):
     """The judged answers of one rollout: P prompts × G samples, or (piece 7 off) P·G × 1.
-
     With --dynamic_sampling N, of groups neither all right nor all wrong, from at most N batches
     (arXiv 2503.14476 §3.2). The queue of problems is in `progress`.
-    Returns: (rows, {"accuracy", "answers", "generations"} of all that was drawn for them).
-    """
+    Returns: (rows, {"accuracy", "answers", "generations"} of all that was drawn for them)."""
     prompts, samples = settings.rollout_shape()
     parts, kept, correct = [], 0, []
     while kept < prompts:
@@ -101,13 +99,11 @@ def sample(
     progress=None, top_p=1.0, engine="slots",
 ):  # fmt: skip
     """`samples` answers to each problem, token by token from π(·|s)^(1/temperature); 0 is greedy.
-
     In training nothing of the distribution is cut off (top-p = 1), so the log-probs are those of
     the update; below 1, the least likely tokens, of together at most 1 − top_p, are.
     Args: policy, what `sampler_of` returns; problems, dicts with "prompt" (token ids); max_tokens,
         the longest response; sample_rows, answers side by side; progress, a tqdm label.
-    Returns: rows (table.py) without verdict and reward; problem_B counts the problems given.
-    """
+    Returns: rows (table.py) without verdict and reward; problem_B counts the problems given."""
     device, prompts = policy.device, [problem["prompt"] for problem in problems]
     together = getattr(policy, "tensor_parallel", 1)  # ranks that sample as one
     own = distributed.share(prompts, together)

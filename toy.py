@@ -197,11 +197,9 @@ def world_of(path, tokenizer):
 
 def score_critic(world_dir, problems, tokenizer, rows, value_BT):
     """How much of the truth a critic's value_BT on judged rows has found: {
-
     slip_auc: how surely V's fall tells the first uncorrected slip from a right step (½: by chance);
     best_explained_variance: the best possible critic's, counted on the other half of the answers;
-        too low with a few hundred of them (0.33 for 0.39 with 256 of 60 tokens)}.
-    """
+        too low with a few hundred of them (0.33 for 0.39 with 256 of 60 tokens)}."""
     where, best_BT = (world_dir, problems, tokenizer), torch.zeros_like(value_BT, device="cpu")
     index_B = torch.arange(len(best_BT), device=value_BT.device)
     halves = [index_B[0::2], index_B[1::2]]

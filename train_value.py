@@ -11,7 +11,7 @@ VAPO's piece 1 (arXiv 2504.05118 §4.1; arXiv 2503.01491):
    regressed on the Monte-Carlo return, which is the outcome. `reward`: the score after the last
    token only, as a reward model learns it, which is why that is wrong about unfinished answers.
 3. After each pass it is measured on the other problems. It stops when the held-out loss has not
-   fallen for --patience passes, at --target_explained_variance, or at --steps; the best is kept.
+   fallen for --patience passes; the best is kept.
 """
 
 import gc
@@ -55,10 +55,7 @@ class Settings(flags.TrainingSettings):
     batch: int = flag(64, "answers per optimiser step", AT_LEAST_1)
     passes: int = flag(10, "most passes over the answers", AT_LEAST_1)
     short_passes: int = flag(0, "passes over the shorter half before those", NOT_NEGATIVE)
-    steps: int = flag(0, "most optimiser steps; 0: no limit but --passes", NOT_NEGATIVE)
     patience: int = flag(3, "passes without a lower held-out loss before it stops", AT_LEAST_1)
-    target_explained_variance: float = flag(1.0, "stop at this held-out explained variance", (
-        "must be at most 1", lambda value: value <= 1))
     max_grad_norm: float = flag(1.0, "gradient clipping", POSITIVE)
 
     def check(self):
@@ -72,11 +69,9 @@ class Settings(flags.TrainingSettings):
 
 def value_gradients(critic, batch, settings, value_clip=None, shift=0):
     """Adds the gradients of Σ weight · ½ (V − target)² over a mini-batch.
-
     Args: batch, rows with target_BT and critic_weight_BT (with value_clip, old_value_BT too);
         shift, 0 for V before each token, 1 for the score after it.
-    Returns: the loss, this rank's part of it.
-    """
+    Returns: the loss, this rank's part of it."""
     value_loss = run.kernel(losses.value_loss, settings.compile, critic.device)
     total = 0.0
     for index in distributed.deal(table.micro_batches(batch, settings.micro_batch_tokens)):
@@ -119,15 +114,12 @@ def measure(critic, rows, objective, micro_batch_tokens):
 
 def fit(settings, out, critic, tokenizer, rows, held_out_rows, truth):
     """Offline passes over the rows; goes on after the last pass that is saved in `out`.
-
     Args: truth, a function value_BT of the held-out rows → numbers to log.
-    Returns: (metrics of the best pass, its optimiser step); its critic is OUT/best.
-    """
+    Returns: (metrics of the best pass, its optimiser step); its critic is OUT/best."""
     index_N = torch.arange(len(rows["length_B"]), device=rows["length_B"].device)
     short_N = rows["length_B"].sort(stable=True).indices[: -(-len(index_N) // 2)]
     passes = [short_N] * settings.short_passes + [index_N] * settings.passes
     limit = sum(-(-len(pass_N) // settings.batch) for pass_N in passes)
-    limit = min(limit, settings.steps or limit)
 
     def rate(step):
         return min(1.0, (step + 1) / WARMUP) * (1 - step / limit if settings.decay else 1.0)
@@ -137,7 +129,7 @@ def fit(settings, out, critic, tokenizer, rows, held_out_rows, truth):
     generators = {"order": seeded_generator(settings.seed, "pretraining mini-batches")}
     progress = checkpoint.resume(out, {"critic": learner}, generators)
     log = run.Log(out, after=progress["step"] if progress else -1)
-    progress = progress or {"step": 0, "passes": -1, "worse": 0, "best": None, "done": False}
+    progress = progress or {"step": 0, "passes": -1, "worse": 0, "best": None}
     bar = tqdm(total=limit, initial=progress["step"], desc="value: fitting", unit="step",
                disable=distributed.rank() > 0)  # fmt: skip
 
@@ -148,14 +140,14 @@ def fit(settings, out, critic, tokenizer, rows, held_out_rows, truth):
     keep_best()  # a kill may have come between
     # Pass 0 fits nothing: the critic is measured as it starts.
     for number, pass_N in list(enumerate([index_N[:0], *passes]))[progress["passes"] + 1 :]:
-        if progress["done"]:
+        if progress["worse"] == settings.patience:
             break
         stop_if_asked(out, number)
         order_N = torch.randperm(len(pass_N), generator=generators["order"]).to(pass_N.device)
         batches = list(pass_N[order_N].split(settings.batch)) if len(pass_N) else []
         if batches and len(batches[-1]) < distributed.world():  # each process needs a row
             batches[-2:] = [torch.cat(batches[-2:])]
-        batches, numbers = batches[: limit - progress["step"]], {}
+        numbers = {}
         for batch_N in batches:
             stop_if_asked(out, number)
             batch = table.take(rows, batch_N)
@@ -182,9 +174,6 @@ def fit(settings, out, critic, tokenizer, rows, held_out_rows, truth):
             progress |= {"best": held_out, "best_step": progress["step"], "worse": 0}
         elif number > settings.short_passes:  # the short answers alone are not meant to be enough
             progress["worse"] += 1
-        reached = held_out["explained_variance"] >= settings.target_explained_variance
-        over = progress["worse"] == settings.patience or progress["step"] == limit
-        progress["done"] = over or (reached and number > 0)
         checkpoint.save(out, {"critic": learner}, generators, progress)
         keep_best()
     bar.close()
@@ -251,10 +240,8 @@ def split_by_problem(rows, share, seed):
 
 def pretrain(settings, policy=None):
     """Value pretraining, or the fit of a reward model, from the answers to the critic's directory.
-
     Args: policy, loaded and sharded, where the caller has it already.
-    Returns: the kept critic's held-out metrics, and "critic", its directory.
-    """
+    Returns: the kept critic's held-out metrics, and "critic", its directory."""
     started = time.time()
     settings.check()
     stamp = distributed.from_rank_0(time.strftime("runs/value-%Y%m%d-%H%M%S"))

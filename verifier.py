@@ -97,10 +97,8 @@ def up_to_closing_brace(text):
 
 def verify(text, answer, bare_number=False, equal=equal):
     """Whether the last answer that `text` states equals `answer` (a text or a number).
-
     Args: equal, a function (stated, reference) → bool: `equality.equal` or Math-Verify's.
-    Never raises, whatever text and answer are.
-    """
+    Never raises, whatever text and answer are."""
     if not isinstance(text, str) or not isinstance(answer, (str, int, float)):
         return False
     if not isinstance(answer, str):

@@ -46,7 +46,6 @@ class Live(TorchDispatchMode):
 @cache
 def imagined(path, weights, compute_dtype, checkpointing=False):
     """The causal LM of the config in `path`, of fake tensors; weights: the dtype that layers see.
-
     Raises: BadInput without a config, a causal LM for it, or the gradient checkpointing asked for.
     """
     config, make = loaded(AutoConfig.from_pretrained, path), AutoModelForCausalLM.from_config
@@ -65,10 +64,8 @@ def imagined(path, weights, compute_dtype, checkpointing=False):
 @cache
 def activations(network, rows, length, backward=True):
     """(bytes alive after the trunk's forward pass over `rows` rows of `length` tokens, the most).
-
     Parameters and their gradients do not count, but gradients on their way do: that of an output
-    matrix which is the embeddings too waits for the embeddings' own, until the end.
-    """
+    matrix which is the embeddings too waits for the embeddings' own, until the end."""
     live = Live([*network.parameters(), *network.buffers()])
     dropped = [parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
                for parameter in network.parameters()]  # fmt: skip

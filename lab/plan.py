@@ -70,7 +70,6 @@ def table_columns(prompt, response, several_waves):
 def logit_bytes(tokens, words, width, size, backward, memory):
     """`logprobs.py` over N tokens: five slices and three copies of the hidden states; backward, the
     logits it keeps, and the gradients of output matrix and hidden states.
-
     20 · min(N V, slice_on_gpu) + 3 N D · size  [+ 4 · min(N V, max(KEEP, V D)) + V D · size + 4 N D]
     """
     kept = 4 * min(tokens * words, max(logprobs.KEEP, words * width))
@@ -81,10 +80,8 @@ def logit_bytes(tokens, words, width, size, backward, memory):
 
 def forward_operations(body, attention, rows, start, end):
     """Tokens `start` to `end`: rows · (2 · body · (end − start) + 2 · attention · (end² − start²)).
-
     body: parameters of the layers; attention: layers · heads · width of a head. The token at
-    position i takes 4 · attention · i.
-    """
+    position i takes 4 · attention · i."""
     return rows * (2 * body * (end - start) + 2 * attention * (end**2 - start**2))
 
 
@@ -178,11 +175,9 @@ def memory(asked):
 
 def step(asked):
     """{phase: (operations, seconds)} of one GPU in one step, every answer as long as may be.
-
     Sampling: the prompts, then ⌈B · N / slots⌉ · T steps for N GPUs that sample as one, bound by
     what they read or compute. Scoring: a forward pass of policy and critic. Updates: three times
-    that, four with checkpointing; the output matrix four times, for its logits are made again.
-    """
+    that, four with checkpointing; the output matrix four times, for its logits are made again."""
     s, prompt, response = shapes(asked), asked.prompt_length, asked.response_length
     end = prompt + response
     rate, bandwidth = asked.gpu_tflops * 1e12 * COMPUTE_USE, asked.gpu_bandwidth * 1e9

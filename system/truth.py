@@ -15,12 +15,10 @@ ANSWER, REDO = "####", ";"
 
 def trace(step, letter, steps, tokens):
     """What is true before each token of an answer: a list of (phase, on_track, left).
-
     phase: "work" (a letter or #### comes next), "right" / "wrong" (after a letter that is / is not
     the true one), "redo" (after the mark), "answer" (after ####), "said right" / "said wrong",
     "odd" (nothing a demonstration does). on_track: the last counted letter is the true one. left:
-    steps to go after it.
-    """
+    steps to go after it."""
     truth = [letter]
     for _ in range(steps):
         truth.append(step[truth[-1]])
@@ -55,13 +53,11 @@ def traces(world_dir, problems, tokenizer, rows):
 
 def best_values(world_dir, problems, tokenizer, fit_rows, rows, pool=1):
     """An estimate of the best possible critic's value_BT for `rows`: P(correct | what is true).
-
     A critic that reads the text perfectly knows phase, track, and steps left. Given these, the rest
     of the text says little (the policy slips a bit more at some letters than at others), so the
     mean outcome of the answers in `fit_rows` that share them is close to what no critic can beat.
     States seen seldom are drawn towards the mean over all `left`, with the weight of two answers.
-    `pool`: so many numbers of steps left count as one, which is less noisy with few rows.
-    """
+    `pool`: so many numbers of steps left count as one, which is less noisy with few rows."""
     sums, rewards = {}, fit_rows["reward_B"].tolist()
     for row_states, reward in zip(traces(world_dir, problems, tokenizer, fit_rows), rewards):
         for phase, on_track, left in row_states:
@@ -81,10 +77,8 @@ def best_values(world_dir, problems, tokenizer, fit_rows, rows, pool=1):
 
 def step_drops(world_dir, problems, tokenizer, rows, value_BT):
     """How far V falls over each worked step that starts on track: (drop_N, slip_N).
-
     drop = V before the step's letter − V after its number, when the letter cannot be taken back.
-    slip, bool: the step left the track, which is the first uncorrected slip of its answer.
-    """
+    slip, bool: the step left the track, which is the first uncorrected slip of its answer."""
     drops, slips = [], []
     for value_T, states in zip(value_BT.tolist(), traces(world_dir, problems, tokenizer, rows)):
         for t in range(len(states) - 2):

@@ -134,17 +134,6 @@ def test_a_critic_is_not_overwritten(world, run, capsys):
     assert stop.value.code == 2 and "holds a critic already" in capsys.readouterr().err
 
 
-def test_it_stops_at_the_target_or_at_steps(world, run, tmp_path):
-    out, _ = run
-    steps = {}
-    for name, flag in (("target", "--target_explained_variance=-5"), ("steps", "--steps=2")):
-        value_run(world, tmp_path / name, flag, f"--reuse_answers={out}/answers.pt")
-        steps[name] = [line["step"] for line in lines_of(tmp_path / name)]
-    assert steps["steps"] == [0, 1, 2]
-    # one pass over 115 problems with 8 answers each, in batches of 64
-    assert steps["target"][-1] == 15
-
-
 def test_it_stops_when_the_held_out_loss_rises_and_keeps_the_best_pass(world, run, tmp_path):
     out, _ = run
     flags = ["--passes=50", "--lr=1", "--patience=1", f"--reuse_answers={out}/answers.pt"]
@@ -240,13 +229,14 @@ def test_what_is_decided_of_the_held_out_numbers_rank_0_decides(world, run, tmp_
     from_rank_0 = distributed.from_rank_0
 
     def other(value):  # as if rank 0's numbers were other than this one's
-        told = isinstance(value, dict) and "explained_variance" in value
-        return from_rank_0(value) | {"explained_variance": 0.9} if told else from_rank_0(value)
+        told = isinstance(value, dict) and "value_loss" in value
+        return from_rank_0(value) | {"value_loss": 0.9} if told else from_rank_0(value)
 
     monkeypatch.setattr(distributed, "from_rank_0", other)
-    flags = ["--target_explained_variance=0.9", f"--reuse_answers={run[0]}/answers.pt"]
-    assert value_run(world, tmp_path, *flags)["explained_variance"] == 0.9
-    assert lines_of(tmp_path)[-1]["step"] == 15  # after the first pass
+    flags = ["--patience=1", f"--reuse_answers={run[0]}/answers.pt"]
+    assert value_run(world, tmp_path, *flags)["value_loss"] == 0.9
+    # One pass over 115 problems with 8 answers each, in batches of 64: no better than before it.
+    assert lines_of(tmp_path)[-1]["step"] == 15
 
 
 def test_an_error_in_the_fit_has_a_line_of_its_own(world, run, tmp_path, capsys):
@@ -258,9 +248,7 @@ def test_an_error_in_the_fit_has_a_line_of_its_own(world, run, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [["--passes=50", "--lr=1", "--patience=1"], ["--target_explained_variance=-5"], ["--steps=2"]],
-    ids=["patience", "target", "steps"],
+    "flags", [["--passes=50", "--lr=1", "--patience=1"], ["--passes=2"]], ids=["patience", "passes"]
 )
 def test_what_is_killed_between_its_last_pass_and_its_end_fits_no_more(
     world, run, tmp_path, monkeypatch, flags
