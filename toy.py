@@ -165,9 +165,7 @@ def build(world, progress=True):
         write_json(out / "world.json", record)
     for script in SETTINGS:
         path, flags = out / f"{script}.args", flags_of(script, out, world)
-        text = "".join(f"--{name}={value}\n" for name, value in flags.items())
-        if not path.exists() or path.read_text() != text:  # an older world may have other flags
-            path.write_text(text)
+        path.write_text("".join(f"--{name}={value}\n" for name, value in flags.items()))
     return out
 
 

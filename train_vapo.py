@@ -296,7 +296,6 @@ def stop_if_asked(step, settings, run_dir):
 
 def settings_of(argv):
     """Flags → (settings, run directory). Without --model: the embedded world, and what suits it."""
-    argv = flags.arguments(argv)
     settings = flags.parse(Settings, argv, __doc__)
     distributed.start()
     if settings.resume:

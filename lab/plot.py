@@ -1,11 +1,12 @@
 """Runs as pictures and as text, from their metrics.jsonl.
 
     python -m lab.plot runs/NAME                                  # writes runs/NAME/curves.png
-    python -m lab.plot runs/A runs/B --labels A B --out both.png
+    python -m lab.plot runs/A runs/B --out both.png
 
 A run is the list of its lines; a curve is [(step, number)].
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -28,7 +29,6 @@ PANELS = {  # title: {metric: style}
 @dataclass(frozen=True)
 class Settings(settings.Settings):
     runs: list[str] = flag([], "run directories; as the first arguments they need no --runs")
-    labels: list[str] = flag([], "one label a run; default: the directories' names")
     out: str = flag("", "picture to write; default: curves.png in the first run directory")
 # fmt: on
 
@@ -94,23 +94,20 @@ def draw(path, size, panels, rows=1):
 @run.exit_on_bad_input
 def main(argv=None):
     """Runs the script; returns the path of the picture."""
-    argv = settings.arguments(argv)
+    argv = sys.argv[1:] if argv is None else argv
     positional = argv and not argv[0].startswith("-")
     asked = settings.parse(Settings, ["--runs", *argv] if positional else argv, __doc__)
     run.require(bool(asked.runs), "give a run directory: python -m lab.plot runs/NAME")
-    labels = asked.labels or [Path(name).name for name in asked.runs]
-    said = f"{len(asked.runs)} runs need as many --labels, not {len(labels)}"
-    run.require(len(labels) == len(asked.runs), said)
     need("matplotlib")
     curves = {title: [] for title in PANELS}
-    for i, (directory, label) in enumerate(zip(asked.runs, labels)):
+    for i, directory in enumerate(asked.runs):
         try:
             logged = lines_of(Path(directory) / "metrics.jsonl")
         except (OSError, ValueError) as error:
             raise run.BadInput(f"cannot read the metrics of {directory}: {error}") from None
-        print(summarise(logged, label) + "\n")
+        print(summarise(logged, Path(directory).name) + "\n")
         for title, name, style in ((t, *pair) for t, m in PANELS.items() for pair in m.items()):
-            shown = label if "-" in style else None
+            shown = Path(directory).name if "-" in style else None
             curves[title].append((curve(logged, name), f"C{i}{style}", shown))
     path = asked.out or str(Path(asked.runs[0]) / "curves.png")
     panels = [(title, "rollouts", partial(draw_curves, drawn)) for title, drawn in curves.items()]

@@ -64,11 +64,6 @@ def mean_curve(by_seed):
     return [(step, fmean(points[step] for points in curves)) for step in steps]
 
 
-def last_quarter(points):
-    """The numbers of a curve in the last quarter of its steps."""
-    return [y for step, y in points if step >= 0.75 * points[-1][0]]
-
-
 def summarise(runs):
     """{row: numbers} from `read_raw`: what the table says of each row."""
     best_dapo = max(y for _, y in mean_curve(runs["dapo"])) if "dapo" in runs else math.nan
@@ -79,7 +74,8 @@ def summarise(runs):
             points = curve(lines, "test_accuracy")
             own[seed] = points[-1][1]
             answers.append(lines[-1]["answers"])
-            trained.append(fmean(last_quarter(curve(lines, "accuracy"))))
+            late = [y for x, y in curve(lines, "accuracy") if x >= 0.75 * lines[-1]["step"]]
+            trained.append(fmean(late))
             seconds += [y for line in lines for name, y in line.items() if "seconds_" in name]
         reached = [step for step, y in mean_curve(by_seed) if y >= best_dapo]
         last = by_seed[min(by_seed)][-1]

@@ -114,11 +114,6 @@ def all_ranks(value):
     return values
 
 
-def any_rank(condition):
-    """Whether it holds on any rank."""
-    return any(all_ranks(condition))
-
-
 def share(items, together=1):
     """This rank's share of a list, all shares within one item; `together` ranks have one share."""
     return part(items, rank() // together, world() // together)

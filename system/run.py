@@ -102,7 +102,7 @@ def finishing_the_step():
 
 def stopping():
     """Whether any process of the run was asked to stop."""
-    return distributed.any_rank(bool(STOP))
+    return any(distributed.all_ranks(bool(STOP)))
 
 
 def pick_device(name):

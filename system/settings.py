@@ -7,7 +7,6 @@ twice the last counts. config.json of a run directory holds the settings as a JS
 import argparse
 import importlib.util
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from os.path import relpath
@@ -206,8 +205,3 @@ def require_same(out, settings, ways):
     differ = ", ".join(changed(saved, settings))
     said = f"holds work that was stopped, with another {differ}: give another --out, or remove it"
     require(not differ, f"{out} {said}")
-
-
-def arguments(argv):
-    """A script's own arguments where main is called without any."""
-    return list(sys.argv[1:] if argv is None else argv)

