@@ -34,8 +34,6 @@ Accuracy: held-out problems, T = 1, after the last rollout; mean over seeds ± 9
 (Student's t). The intervals are of RL alone: all seeds share the world, the base model and the
 critics. Answers and minutes are those of RL; the rows with a pretrained critic share one fit on
 8,192 answers more."""
-RATES = """\
-Accuracy of the training rollouts, mean of the last quarter; on seeds that no other table uses."""
 
 
 def mean_interval(numbers):
@@ -136,7 +134,10 @@ def report(out):
         lines = ["| | training accuracy | seeds |", "|---|---|---|"]
         for row, n in ((row, summary[row]) for row in shown["tuning"]):
             lines.append(f"| {TITLES[row]} | {n['training_accuracy']:.3f} | {n['seeds']} |")
-        text += ["## Learning rates", RATES, "\n".join(lines)]
+        text += [
+            "## Learning rates, by the last quarter of training, on other seeds",
+            "\n".join(lines),
+        ]
     for name, sentence in draw_all(runs, summary, positions, value, out):
         text += [f"![{name}]({name})", sentence]
     (out / "README.md").write_text("\n\n".join(text) + "\n")

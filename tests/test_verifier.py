@@ -50,7 +50,8 @@ RIGHT += [("Answer: " + stated, reference) for stated, reference in [
 ]]  # fmt: skip
 # What is none.
 RIGHT += [(f"\\boxed{{{stated}}}", reference) for stated, reference in [
-    ("\\left( 1, 2 \\right)", "(1,2)"), ("x^{2}+1", "x^{2} + 1"),                 ("3, 2, 1", "1,2,3"),     ("x \\le 3", "x \\leq 3"),
+    ("\\left( 1, 2 \\right)", "(1,2)"),
+    ("x^{2}+1", "x^{2} + 1"),                 ("3, 2, 1", "1,2,3"),     ("x \\le 3", "x \\leq 3"),
     ("(-\\infty,2)\\cup(3,\\infty)", "(-\\infty, 2) \\cup (3, \\infty)"),
         ("e^{2 x}", "e^{2x}"), ("\\log_{2}3", "\\log_2 3"), ("101_{2}", "101_2"),
     ("\\text{Evelyn}", "evelyn"), ("\\text{(C)}", "C"), ("(C) 34 apples", "C"),
@@ -213,7 +214,19 @@ def same():
     ("(x-1)(x+1)", "x^2-1", True), ("\\sqrt{16}", "4", True), ("34", "34", True),
     ("\\text{Evelyn}", "Evelyn", True), ("\\sqrt{3}", "\\sqrt{8}", False),
     ("(x-1)^2", "x^2-1", False), ("25+49", "74", False), ("{25}+{49}", "74", False),
-    ("1 + x^2", "x^{2}+1", True), ("-q + p", "p - q", True), ("\\frac{\\sqrt3}2", "\\dfrac{\\sqrt{3}}{2}", True), ("\\sqrt{3}/2", "\\frac{\\sqrt{3}}{2}", True), ("3 \\cdot \\sqrt{13}", "3\\sqrt{13}", True), ("(3,\\pi/2)", "\\left( 3, \\frac{\\pi}{2} \\right)", True), ("(0.5,3)", "(1/2, 3)", True), ("\\{2,1\\}", "\\{1, 2\\}", True), ("x=1 \\text{ or } x=-1", "1, -1", True), ("x \\in [-2, 7]", "[-2,7]", True), ("\\begin{bmatrix}1\\\\2\\end{bmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", True), ("y=3+2x", "y = 2x + 3", True), ("(x,y) = (1,2)", "(1, 2)", True), ("(3,+\\infty)", "(3,\\infty)", True), ("(3,5)\\cup(1,2)", "(1,2) \\cup (3,5)", True), ("\\frac59x", "\\frac{5x}{9}", True), ("\\frac16\\pi", "\\frac{\\pi}{6}", True), ("-\\frac{\\sqrt3}{2}", "\\frac{-\\sqrt{3}}{2}", True), ("x^2/4", "\\frac{x^2}{4}", True), ("1\\pm\\sqrt{19}", "1+\\sqrt{19}, 1-\\sqrt{19}", True), ("(x+5)(x-5)", "(x-5)(x+5)", True), ("\\ln(2)", "\\ln 2", True),
+    ("1 + x^2", "x^{2}+1", True), ("-q + p", "p - q", True),
+    ("\\frac{\\sqrt3}2", "\\dfrac{\\sqrt{3}}{2}", True),
+    ("\\sqrt{3}/2", "\\frac{\\sqrt{3}}{2}", True), ("3 \\cdot \\sqrt{13}", "3\\sqrt{13}", True),
+    ("(3,\\pi/2)", "\\left( 3, \\frac{\\pi}{2} \\right)", True), ("(0.5,3)", "(1/2, 3)", True),
+    ("\\{2,1\\}", "\\{1, 2\\}", True), ("x=1 \\text{ or } x=-1", "1, -1", True),
+    ("x \\in [-2, 7]", "[-2,7]", True),
+    ("\\begin{bmatrix}1\\\\2\\end{bmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", True),
+    ("y=3+2x", "y = 2x + 3", True), ("(x,y) = (1,2)", "(1, 2)", True),
+    ("(3,+\\infty)", "(3,\\infty)", True), ("(3,5)\\cup(1,2)", "(1,2) \\cup (3,5)", True),
+    ("\\frac59x", "\\frac{5x}{9}", True), ("\\frac16\\pi", "\\frac{\\pi}{6}", True),
+    ("-\\frac{\\sqrt3}{2}", "\\frac{-\\sqrt{3}}{2}", True), ("x^2/4", "\\frac{x^2}{4}", True),
+    ("1\\pm\\sqrt{19}", "1+\\sqrt{19}, 1-\\sqrt{19}", True), ("(x+5)(x-5)", "(x-5)(x+5)", True),
+    ("\\ln(2)", "\\ln 2", True),
     ("\\frac{25+49}{1}", "74", False), ("0.3333333", "1/3", False),
 ])  # fmt: skip
 def test_math_verify(same, stated, reference, right):
