@@ -103,11 +103,15 @@ def problem_results(rows, tokenizer, problems, samples, bare_number=False):
 
 
 @torch.no_grad()
-def describe_samples(critic, tokenizer, problems, rows, samples):
-    """Two answers to each of the first four problems, with verdict and, of a critic, V."""
+def describe_samples(critic, tokenizer, problems, rows, samples, tokens=0):
+    """Two answers to each of the first four problems, with verdict and, of a critic, V, read
+    `tokens` at a time."""
     index = [i for i in range(min(4 * samples, len(rows["length_B"]))) if i % samples < 2]
-    part = table.take(rows, torch.tensor(index, device=rows["length_B"].device))
-    value_BT = model.critic_values(critic, part) if critic else torch.zeros(len(index), 0)
+    part = table.take(rows, torch.tensor(index))
+    value_BT = torch.zeros(len(index), int(part["length_B"].max()) if critic else 0)
+    for i in table.micro_batches(part, tokens) if critic else ():  # on all ranks
+        found_BT = model.critic_values(critic, table.take(part, i, critic.device)).cpu()
+        value_BT[i, : found_BT.shape[1]] = found_BT
     described = []
     for i, text in enumerate(table.texts(part, tokenizer)):
         problem, length = problems[int(part["problem_B"][i])], int(part["length_B"][i])
@@ -126,7 +130,8 @@ def evaluate_in_run(step, sampler, critic, tokenizer, problems, settings, verify
     started, samples = time.time(), settings.eval_samples
     how = (settings, verify, 1.0, f"evaluation {step}")
     metrics, rows, _ = evaluate(sampler, tokenizer, problems, samples, *how)
-    log.samples(step, describe_samples(critic, tokenizer, problems, rows, samples))
+    what = (critic, tokenizer, problems, rows, samples, settings.micro_batch_tokens)
+    log.samples(step, describe_samples(*what))
     numbers = {f"test_{name}": value for name, value in metrics.items()}
     return metrics, numbers | {"seconds_eval": time.time() - started}
 

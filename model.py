@@ -7,6 +7,8 @@ Shapes: B rows; L prompt + response tokens; T response tokens; N tokens of all r
 D width.
 """
 
+from functools import partial
+
 import torch
 
 import logprobs
@@ -88,24 +90,26 @@ def critic_values(critic, rows, shift=0):
 @torch.no_grad()
 def all_values(critic, rows, tokens, shift=0):
     """value_BT of all rows, `tokens` at a time, on all ranks; 0 on padding."""
-    return over_rows(lambda part: [critic_values(critic, part, shift)], rows, tokens)[0]
+    return over_rows(partial(critic_values, critic, shift=shift), rows, tokens, critic.device)[0]
 
 
 @torch.no_grad()
 def all_logprobs(policy, rows, temperature, tokens, compile=False):
     """(logp_BT, entropy_BT) of all rows, `tokens` at a time, on all ranks; 0 on padding."""
-    return over_rows(lambda part: policy_logprobs(policy, part, temperature, compile), rows, tokens)
+    of_part = partial(policy_logprobs, policy, temperature=temperature, compile=compile)
+    return over_rows(of_part, rows, tokens, policy.device)
 
 
-def over_rows(function, rows, tokens):
-    """Columns [B, T] of all rows from those that function(part) returns, dealt out to the ranks."""
+def over_rows(function, rows, tokens, device):
+    """Columns [B, T] of all rows from those of function(part), dealt out to the ranks."""
     columns_BT = []
     for index in deal(micro_batches(rows, tokens)):
-        part = take(rows, index)
+        part = take(rows, index, device)
         mask_BT = response_mask(part)
         found_BT = function(part)
+        found_BT = found_BT if isinstance(found_BT, tuple) else (found_BT,)
         columns_BT = columns_BT or [torch.zeros_like(response_mask(rows)) for _ in found_BT]
         for column_BT, own_BT in zip(columns_BT, found_BT):
-            column_BT[index, : mask_BT.shape[1]] = own_BT * mask_BT
+            column_BT[index, : mask_BT.shape[1]] = (own_BT * mask_BT).to(column_BT.device)
     add_up(*columns_BT)
     return columns_BT

@@ -23,7 +23,7 @@ from system.equality import equal
 from system.generate import sample_with_generate
 from system.math_equality import MathEquality
 from system.run import BadInput
-from system.slots import draw, left_padded, sample_in_slots
+from system.slots import draw, sample_in_slots
 from verifier import verify
 
 SCORED_TOKENS = 16384  # of a forward pass, where `generate` has no log-probs to give
@@ -129,26 +129,28 @@ def sample(
         else:
             columns = sample_with_generate(policy, *how, sample_rows, bar)
     bar.close()
-    token_BT, logp_BT, length_B, stop_B = distributed.gather_columns(columns)
-    longest = int(length_B.max())
-    on_BT = torch.arange(longest, device=device) < length_B[:, None]
-    prompt_PL, prompt_length_P = left_padded(prompts, device)
-    prompt_length_B = prompt_length_P.repeat_interleave(samples)
-    prompt_BL = prompt_PL.repeat_interleave(samples, dim=0)
-    token_BL = torch.cat([prompt_BL, torch.where(on_BT, token_BT[:, :longest], 0)], dim=1)
-    index_P = torch.arange(len(prompts), device=device)
+    columns = (c if c is None else c.cpu() for c in distributed.gather_columns(columns))
+    token_BT, logp_BT, length_B, stop_B = columns
+    longest, prompt_lengths = int(length_B.max()), torch.tensor(list(map(len, prompts)))
+    off_BT = torch.arange(longest) >= length_B[:, None]
+    token_BT = token_BT[:, :longest].masked_fill(off_BT, 0)
+    token_BL = torch.zeros(len(length_B), int(prompt_lengths.max()) + longest, dtype=torch.long)
+    for i, prompt in enumerate(prompts):
+        own, end = slice(i * samples, (i + 1) * samples), len(prompt)
+        token_BL[own, :end] = torch.tensor(prompt)
+        token_BL[own, end : end + longest] = token_BT[own]
     rows = {
-        "token_BL": table.push_left(token_BL, prompt_PL.shape[1] - prompt_length_B),
-        "prompt_length_B": prompt_length_B, "length_B": length_B, "stop_B": stop_B,
-        "problem_B": index_P.repeat_interleave(samples),
+        "token_BL": token_BL, "prompt_length_B": prompt_lengths.repeat_interleave(samples),
+        "length_B": length_B, "stop_B": stop_B,
+        "problem_B": torch.arange(len(prompts)).repeat_interleave(samples),
     }  # fmt: skip
     if logp_BT is None:
-        logp_BT = torch.zeros(on_BT.shape, device=device)
+        logp_BT = torch.zeros(off_BT.shape)
         for index in table.micro_batches(rows, SCORED_TOKENS):
-            part = table.take(rows, index)
+            part = table.take(rows, index, device)
             width = int(part["length_B"].max())
-            logp_BT[index, :width] = policy_logprobs(policy, part, temperature or 1.0)[0]
-    rows["sampled_logp_BT"] = logp_BT[:, :longest] * on_BT.float()
+            logp_BT[index, :width] = policy_logprobs(policy, part, temperature or 1.0)[0].cpu()
+    rows["sampled_logp_BT"] = logp_BT[:, :longest].masked_fill(off_BT, 0.0)
     return rows
 
 
@@ -156,14 +158,14 @@ def judge(rows, tokenizer, problems, verify=verify, reward_correct=1.0, reward_w
     """Adds correct_B, the verifier's verdict, and reward_B, what is optimised.
     A truncated answer is terminal, and wrong: its last words may be half of a number."""
     right_B = torch.zeros_like(rows["stop_B"], dtype=torch.int)
-    mine = distributed.share(torch.arange(len(right_B), device=right_B.device))
+    mine = distributed.share(torch.arange(len(right_B)))
     if len(mine):
         own = table.take(rows, mine)
         answers = zip(
             table.texts(own, tokenizer), own["problem_B"].tolist(), own["stop_B"].tolist()
         )
         verdicts = [ended and verify(text, problems[i]["answer"]) for text, i, ended in answers]
-        right_B[mine] = torch.tensor(verdicts, dtype=torch.int, device=right_B.device)
+        right_B[mine] = torch.tensor(verdicts, dtype=torch.int)
     rows["correct_B"] = distributed.add_up(right_B).bool()
     rows["reward_B"] = torch.where(rows["correct_B"], reward_correct, reward_wrong)
 

@@ -26,7 +26,8 @@ mini-batch may depend on that; micro-batches only cut, so nothing may be compute
 pretraining writes target_BT and critic_weight_BT itself.
 
 Columns named _BL and _BT are cut to the longest row; a rollout's are 0 beyond a row's end. No mask
-is ever derived from a pad id: the lengths say where a row ends.
+is ever derived from a pad id: the lengths say where a row ends. A table is in the CPU's memory (the
+paper's, 8,192 answers of 20,480 tokens, has 7 GB); only micro-batches go to the GPU, by `take`.
 Shapes: B rows; L prompt + response tokens; T response tokens.
 """
 
@@ -51,9 +52,9 @@ def response_tokens(rows):
     return rows["token_BL"].gather(1, position_BT.clamp(max=last))
 
 
-def take(rows, index_N):
-    """The given rows, with the columns of tokens cut to the longest of them."""
-    part = {name: column[index_N] for name, column in rows.items()}
+def take(rows, index_N, device=None):
+    """The given rows, on the device, with the columns of tokens cut to the longest of them."""
+    part = {name: column[index_N].to(device) for name, column in rows.items()}
     widths = {"BL": int((part["prompt_length_B"] + part["length_B"]).max()),
               "BT": int(part["length_B"].max())}  # fmt: skip
     return {name: column[:, : widths[name[-2:]]] if name[-2:] in widths else column
@@ -73,19 +74,12 @@ def concatenate(parts):
     return together
 
 
-def push_left(token_BL, offset_B):
-    """Moves each row left by its offset; zeros come in on the right."""
-    position_BL = torch.arange(token_BL.shape[1], device=token_BL.device) + offset_B[:, None]
-    moved_BL = token_BL.gather(1, position_BL.clamp(max=token_BL.shape[1] - 1))
-    return torch.where(position_BL < token_BL.shape[1], moved_BL, 0)
-
-
 def mini_batches(rows, size, generator):
     """Yields the rows, shuffled, in optimiser mini-batches as even as can be, of at most `size`."""
     count = -(-len(rows["length_B"]) // size)
     order_B = torch.randperm(len(rows["length_B"]), generator=generator)
     for index_N in order_B.tensor_split(count):
-        yield take(rows, index_N.to(rows["length_B"].device))
+        yield take(rows, index_N)
 
 
 def micro_batches(rows, tokens):
@@ -101,8 +95,8 @@ def micro_batches(rows, tokens):
 
 def texts(rows, tokenizer):
     """The responses as text, without special tokens."""
-    columns = (rows[name].tolist() for name in ("token_BL", "prompt_length_B", "length_B"))
-    answers = [token_L[start : start + length] for token_L, start, length in zip(*columns)]
+    columns = (rows[name] for name in ("token_BL", "prompt_length_B", "length_B"))
+    answers = (token_L[start : start + length] for token_L, start, length in zip(*columns))
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 
 

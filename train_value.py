@@ -75,7 +75,7 @@ def value_gradients(critic, batch, settings, value_clip=None, shift=0):
     value_loss = run.kernel(losses.value_loss, settings.compile, critic.device)
     total = 0.0
     for index in distributed.deal(table.micro_batches(batch, settings.micro_batch_tokens)):
-        micro = table.take(batch, index)
+        micro = table.take(batch, index, critic.device)
         value_BT = model.critic_values(critic, micro, shift)
         old_value_BT = micro.get("old_value_BT")
         loss_BT = value_loss(value_BT, micro["target_BT"], old_value_BT, value_clip)
@@ -92,7 +92,7 @@ def objective_columns(rows, objective):
     target_BT = rows["reward_B"][:, None] * mask_BT
     if objective == "value":
         return target_BT, mask_BT, 0
-    t_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+    t_T = torch.arange(mask_BT.shape[1])
     return target_BT, mask_BT * (t_T == rows["length_B"][:, None] - 1), 1
 
 
@@ -116,7 +116,7 @@ def fit(settings, out, critic, tokenizer, rows, held_out_rows, truth):
     """Offline passes over the rows; goes on after the last pass that is saved in `out`.
     Args: truth, a function value_BT of the held-out rows → numbers to log.
     Returns: (metrics of the best pass, its optimiser step); its critic is OUT/best."""
-    index_N = torch.arange(len(rows["length_B"]), device=rows["length_B"].device)
+    index_N = torch.arange(len(rows["length_B"]))
     short_N = rows["length_B"].sort(stable=True).indices[: -(-len(index_N) // 2)]
     passes = [short_N] * settings.short_passes + [index_N] * settings.passes
     limit = sum(-(-len(pass_N) // settings.batch) for pass_N in passes)
@@ -143,7 +143,7 @@ def fit(settings, out, critic, tokenizer, rows, held_out_rows, truth):
         if progress["worse"] == settings.patience:
             break
         stop_if_asked(out, number)
-        order_N = torch.randperm(len(pass_N), generator=generators["order"]).to(pass_N.device)
+        order_N = torch.randperm(len(pass_N), generator=generators["order"])
         batches = list(pass_N[order_N].split(settings.batch)) if len(pass_N) else []
         if batches and len(batches[-1]) < distributed.world():  # each process needs a row
             batches[-2:] = [torch.cat(batches[-2:])]
@@ -192,7 +192,6 @@ def stop_if_asked(out, number=0):
 
 def sampled_answers(settings, out, policy, tokenizer, problems):
     """Judged rows from the frozen policy; stored, so that a second run on them samples nothing."""
-    device = policy.device
     path = Path(settings.reuse_answers or out / "answers.pt")
     # What the answers depend on: those of another policy, file, … must not be used in silence.
     names = ["prompt_template", "chat_template", "response_length", "temperature", "verifier",
@@ -206,14 +205,14 @@ def sampled_answers(settings, out, policy, tokenizer, problems):
         differ = ", ".join(n for n in source if stored["source"].get(n) != source[n])
         said = f"{path} holds answers with another {differ}: give another --out or remove the file"
         require(not differ, said)
-        return {name: column.to(device) for name, column in stored["rows"].items()}
+        return stored["rows"]
     require(not settings.reuse_answers, f"no stored answers at {path}")
     order = seeded_generator(settings.seed, "pretraining problems")
     groups = -(-settings.answers // settings.samples)
     passes = -(-groups // len(problems))  # a short file is asked several times
     drawn = [torch.randperm(len(problems), generator=order) for _ in range(passes)]
     chosen = torch.cat(drawn)[:groups].tolist()
-    generator = seeded_generator(settings.seed, "pretraining answers", device)
+    generator = seeded_generator(settings.seed, "pretraining answers", policy.device)
     how = (settings.samples, settings, generator, "value: sampling")
     sampler, verify = loading.sampler_of(policy, settings), rollout.verifier_of(settings)
     rows = rollout.judged(sampler, tokenizer, problems, chosen, verify, *how)
@@ -227,7 +226,7 @@ def split_by_problem(rows, share, seed):
     said = "value pretraining needs answers to at least 2 problems, one of them held out"
     require(len(asked) > 1, f"{said}: raise --answers or add problems")
     shuffle = torch.randperm(len(asked), generator=seeded_generator(seed, "held-out problems"))
-    held = asked[shuffle.to(asked.device)]
+    held = asked[shuffle]
     held = held[: min(len(asked) - 1, max(1, round(share * len(asked))))]
     is_held_B = torch.isin(rows["problem_B"], held)
     parts = [table.take(rows, part_B.nonzero()[:, 0]) for part_B in (~is_held_B, is_held_B)]
@@ -266,7 +265,7 @@ def pretrain(settings, policy=None):
     where = (world, problems, tokenizer)
     if world and settings.objective == "value":  # what could any critic explain?
         target_BT, mask_BT, _ = objective_columns(held_out_rows, "value")
-        best_BT = toy.best_values(*where, fit_rows, held_out_rows).to(device)
+        best_BT = toy.best_values(*where, fit_rows, held_out_rows)
         best["best_explained_variance"] = explained_variance(best_BT, target_BT, mask_BT).item()
 
     def truth(value_BT):

@@ -195,7 +195,7 @@ def policy_gradients(policy, batch, settings):
     clip = (settings.eps_low, eps_high)
     sums = {}
     for index in distributed.deal(table.micro_batches(batch, settings.micro_batch_tokens)):
-        micro = table.take(batch, index)
+        micro = table.take(batch, index, policy.device)
         logp_BT, _ = model.policy_logprobs(policy, micro, settings.temperature, settings.compile)
         old_logp_BT, adv_BT = micro["old_logp_BT"], micro["adv_BT"]
         loss_BT = policy_loss(logp_BT, old_logp_BT, adv_BT, *clip) * micro["policy_weight_BT"]

@@ -97,7 +97,7 @@ def sample(sampler, tokenizer, problems, asked, generator):
     """Rows of answers (table.py), every other one called right."""
     how = (asked.samples, asked.response_length, asked.temperature, generator, asked.sample_rows)
     rows = rollout.sample(sampler, tokenizer, problems, *how, engine=asked.engine)
-    rows["correct_B"] = torch.arange(len(rows["length_B"]), device=sampler.device) % 2 == 0
+    rows["correct_B"] = torch.arange(len(rows["length_B"])) % 2 == 0
     return rows | {"reward_B": rows["correct_B"].float()}
 
 
@@ -122,13 +122,13 @@ def scored(policy, rows, asked):
 def update(policy, critic, rows, asked, plain=False):
     """Makes the gradients of a mini-batch, as train_vapo.train does, and throws them away.
     plain: over rows as they come, 16 at a time, with log_softmax of whole logits."""
-    batch, every_B = dict(rows), torch.arange(len(rows["length_B"]), device=policy.device)
+    batch, every_B = dict(rows), torch.arange(len(rows["length_B"]))
     train_vapo.weights(batch, asked)
     if not plain:
         value_gradients(critic, batch, asked)
         train_vapo.policy_gradients(policy, batch, asked)
     for index_N in every_B.split(16) if plain else ():
-        part = table.take(batch, index_N)
+        part = table.take(batch, index_N, policy.device)
         with loading.autocast(policy):
             hidden_BTD = model.response_hidden(policy.base_model, part)
             logp_BTV = policy.get_output_embeddings()(hidden_BTD).float().log_softmax(-1)

@@ -44,7 +44,6 @@ def main(argv=None):
         run.require(bool(getattr(asked, name)), f"give --{name}")
     device = run.pick_device(asked.device)
     rows = checkpoint.read(asked.answers)["rows"]
-    rows = {name: column.to(device) for name, column in rows.items()}
     _, rows = split_by_problem(rows, asked.held_out, asked.seed)
     mask_BT = table.response_mask(rows)
     columns = {"answers": mask_BT, "outcome": rows["reward_B"][:, None] * mask_BT}

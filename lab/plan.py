@@ -78,6 +78,11 @@ def logit_bytes(tokens, words, width, size, backward, memory):
     return held + backward * (kept + words * width * size + 4 * tokens * width)
 
 
+def table_bytes(answers, prompt, response):
+    """Token ids of 8 bytes, and seven columns of numbers of 4 (table.py): B (8 (P + T) + 28 T)."""
+    return answers * (8 * (prompt + response) + 28 * response)
+
+
 def forward_operations(body, attention, rows, start, end):
     """Tokens `start` to `end`: rows · (2 · body · (end − start) + 2 · attention · (end² − start²)).
     body: parameters of the layers; attention: layers · heads · width of a head. The token at
@@ -216,6 +221,8 @@ def report(asked):
     for name, numbers in (parts | {"together": full}).items():
         line(name, *(f"{number / 1e9:.1f}" for number in numbers))
     line("", *("fits" if number <= limit else "does not fit" for number in full))
+    table = table_bytes(asked.prompts * asked.samples, asked.prompt_length, asked.response_length)
+    print(f"CPU memory of each process: a rollout's table, {table / 1e9:.1f} GB, at most twice")
     if not s.slots:
         said = f"vLLM's {asked.vllm_memory:.0%} (--vllm_memory) of a GPU have no room beside its"
         print(f"{said} weights for one answer of {s.length:,} tokens")

@@ -1,6 +1,7 @@
 """table.py: the columns that its docstring promises, mini-batches and micro-batches."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from test_vapo import SETTINGS, asked, with_weights
 import rollout
 import table
 import train_vapo
+from lab.dryrun import Live
+from lab.plan import table_bytes
 
 LINE = re.compile(r"^(\w+_B\w*) +(.+?) {2,}([\w.]+) +(rollout|mini-batch)$", re.MULTILINE)
 
@@ -82,3 +85,37 @@ def test_weights_of_a_mini_batch_sum_to_one_each_and_not_those_of_its_parts():
     part = table.take(batch, torch.tensor([0]))
     assert part["policy_weight_BT"].tolist() == [[1 / 8]]
     torch.testing.assert_close(part["nll_weight_BT"], torch.tensor([[1 / 5]]))
+
+
+def test_a_rollout_of_long_answers_is_in_memory_twice_at_most():
+    """16 prompts × 16 answers × 20,480 tokens: ids of 8 bytes, seven columns of 4, 191 MB. What
+    sampling, advantages and metrics need beside it is less than that again."""
+    prompts, samples, width, longest = 16, 16, 1024, 20_480
+    answers = prompts * samples
+
+    class Engine:  # as vLLM's
+        device, generation_config = torch.device("cpu"), SimpleNamespace(eos_token_id=1)
+
+        def answers(self, *_):
+            length_B = torch.linspace(longest / 2, longest, answers).long()
+            token_BT = torch.ones(answers, longest, dtype=torch.long)
+            return token_BT, -torch.rand(answers, longest), length_B, length_B < longest
+
+    tokenizer = SimpleNamespace(eos_token_id=1, added_tokens_decoder={})
+    problems, settings = [{"prompt": [5] * width}] * prompts, train_vapo.Settings()
+    how = (samples, longest, 1.0, torch.Generator())
+    with Live() as sampling:
+        rows = rollout.sample(Engine(), tokenizer, problems, *how, engine="vllm")
+    rows["correct_B"] = torch.arange(answers) % 3 == 0
+    rows["reward_B"] = rows["correct_B"].float()
+    for name in ("old_logp_BT", "entropy_BT", "old_value_BT"):
+        rows[name] = torch.zeros(answers, longest)
+    with Live(rows.values()) as scoring:
+        train_vapo.advantages(rows, settings)
+    with Live(rows.values()) as measuring:
+        table.rollout_metrics(rows)
+    size = table_bytes(answers, width, longest)
+    assert sum(column.nbytes for column in rows.values()) == pytest.approx(size, rel=1e-3)
+    new = sum(rows[name].nbytes for name in ("importance_BT", "adv_BT", "target_BT"))
+    for live, known in ((sampling, 0), (scoring, new), (measuring, 0)):
+        assert live.peak - known < size

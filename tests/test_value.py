@@ -305,10 +305,10 @@ def test_short_answers_come_first_and_the_learning_rate_falls_to_zero_if_asked(
         rates.append(optimizer.param_groups[0]["lr"])
         return step(optimizer, *rest)
 
-    def spy_take(rows, index):
+    def spy_take(rows, index, *device):
         if len(index) == 64 and len(rows["length_B"]) > 512:  # a batch of the rows to fit
             lengths.append(rows["length_B"][index].float().mean().item())
-        return take(rows, index)
+        return take(rows, index, *device)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
     monkeypatch.setattr(table, "take", spy_take)
