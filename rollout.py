@@ -10,7 +10,7 @@ Shapes: B = P·G rows for P prompts with G samples each, the samples of one prom
 L prompt + response tokens; T response tokens.
 """
 
-from functools import cache, partial
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -22,7 +22,7 @@ from system import distributed, loading
 from system.equality import equal
 from system.generate import sample_with_generate
 from system.math_equality import MathEquality
-from system.run import BadInput
+from system.run import BadInput, say_once
 from system.slots import draw, sample_in_slots
 from verifier import verify
 
@@ -168,9 +168,6 @@ def judge(rows, tokenizer, problems, verify=verify, reward_correct=1.0, reward_w
         right_B[mine] = torch.tensor(verdicts, dtype=torch.int)
     rows["correct_B"] = distributed.add_up(right_B).bool()
     rows["reward_B"] = torch.where(rows["correct_B"], reward_correct, reward_wrong)
-
-
-say_once = cache(tqdm.write)
 
 
 def warn_of_gap(step, numbers):

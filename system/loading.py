@@ -12,6 +12,7 @@ A loaded network is in eval mode, for good: dropout would move the ratio without
 import copy
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -25,8 +26,10 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from system import distributed
-from system.run import BadInput, require
+from system.run import BadInput, require, say_once
 
+# A GPU's memory falls into pieces with rows of all lengths, unless its segments can grow.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>",
                "<end_of_turn>")  # special tokens of the chat formats in use  # fmt: skip
@@ -199,6 +202,10 @@ def measure_logits(policy):
 
 def compute_dtype(dtype, device):
     """torch.dtype for --dtype: auto is bfloat16 on CUDA, float32 elsewhere."""
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    slow = able.get("architecture") == "x86_64" and not (able["avx512_bf16"] or able["amx_bf16"])
+    if slow and dtype == "bfloat16" and device.type == "cpu":
+        say_once("warning: this CPU computes bfloat16 more slowly than float32: leave --dtype out")
     low_precision = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
     return torch.bfloat16 if low_precision else torch.float32
 

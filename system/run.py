@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from tqdm import tqdm
 
 from system import distributed
 
@@ -137,7 +138,25 @@ def kernel(function, compile, device):
     return compiled(function) if compile else function
 
 
-compiled = functools.cache(lambda function: torch.compile(function, dynamic=True))
+@functools.cache
+def compiled(function):
+    """torch.compile(function), once; where there is no compiler the function, and one warning."""
+    fast = torch.compile(function, dynamic=True)
+
+    def call(*args):
+        nonlocal fast
+        try:
+            return fast(*args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            why = distributed.first_line(error)
+            say_once(f"warning: torch.compile does not work, kernels run without it: {why}")
+            fast = function
+        return function(*args)
+
+    return call
+
+
+say_once = functools.cache(tqdm.write)
 
 
 @contextmanager

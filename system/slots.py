@@ -23,7 +23,7 @@ CACHED = 2**20  # numbers that `draw` works on at a time on a CPU
 BLOCK = 128  # words that `draw` counts together
 # What transformers calls its cache.
 CACHE = "cache" if tuple(map(int, __version__.split(".")[:2])) >= (5, 24) else "past_key_values"
-STEPS_UNSEEN = 8  # tokens between two looks at what has ended, where a look holds the device up
+STEPS_UNSEEN = {"cpu": 1, "cuda": 8}  # tokens until the host looks at what has ended
 
 
 def sample_in_slots(policy, prompts, samples, max_tokens, pick, generator, eos_N, slots, bar):
@@ -31,7 +31,7 @@ def sample_in_slots(policy, prompts, samples, max_tokens, pick, generator, eos_N
     Args: pick, a function (logit_RV, generator) → (token_R, logp_R); eos_N, what ends an answer.
     Returns: (token_BT, logp_BT, length_B, stop_B), columns past an answer's end undefined."""
     device, answers = policy.device, len(prompts) * samples
-    slots, steps_unseen = min(slots, answers), 1 if device.type == "cpu" else STEPS_UNSEEN
+    slots = min(slots, answers)
     # One row more than there are answers: what slots without an answer write goes there.
     logp_BT = torch.zeros(answers + 1, max_tokens, device=device)
     token_BT, length_B, stop_B = logp_BT.long(), logp_BT[:, 0].long(), logp_BT[:, 0].bool()
@@ -54,7 +54,7 @@ def sample_in_slots(policy, prompts, samples, max_tokens, pick, generator, eos_N
             position_R[enter_R] = prompt_length_P[prompt_R] - 1
             cache.enter(enter_R, read, prompt_R, prompt_length_P[prompt_R] - 1)
             entered += count
-        for _ in range(steps_unseen):
+        for _ in range(STEPS_UNSEEN[device.type]):
             cache.make_room(row_R < answers, longest_prompt)
             with autocast(policy):
                 logit_RV = policy(
@@ -157,6 +157,11 @@ class Slots(Cache):
         super().__init__(layers=[SlotLayer(layer, *how) for layer in read.layers])
         self.start_R = torch.full((slots,), now, device=read.layers[0].keys.device)
         self.move_to(now)
+
+    @property
+    def is_compileable(self):
+        """On a GPU: so transformers does not look, at every token, whether it can do without mask."""
+        return self.start_R.is_cuda
 
     def move_to(self, now):
         for part in (self, *self.layers):

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -84,6 +85,21 @@ def test_compiled_kernels_equal_eager_ones(device):
                 rtol=1e-5,
                 atol=1e-5,
             )
+
+
+def test_a_kernel_is_compiled_for_four_shapes_at_most():
+    """For one row or several, one token (word) or several; torch gives up beyond eight."""
+    sizes = [(b, t) for b in (1, 2, 7, 64) for t in (1, 2, 33, 512)]
+    for kernel, columns in ((policy_loss, 3), (value_loss, 2), (add_slice, 4), (slice_gradient, 4)):
+        counter = CompileCounter()
+        fast = torch.compile(kernel, backend=counter, dynamic=True)
+        for size in sizes:
+            flat = [torch.rand(size[1]) for _ in range(columns - 1)]
+            same = [torch.rand(size) for _ in range(columns - 1)]
+            rest = {policy_loss: (*same, 0.2, 0.28), value_loss: same, add_slice: flat,
+                    slice_gradient: (*flat, None, 1.0, 1.0, None)}[kernel]  # fmt: skip
+            fast(torch.rand(size), *rest)
+        assert counter.frame_count <= 4, kernel.__name__
 
 
 class Count(TorchDispatchMode):

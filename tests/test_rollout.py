@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -124,6 +125,28 @@ def test_greedy_answers_are_the_same_whatever_the_engine_the_slots_and_the_room_
             assert torch.equal(rows[name], expected[name]), (columns, count, name)
 
 
+def test_the_host_reads_from_the_device_every_eighth_token(
+    policy, tokenizer, problems, monkeypatch
+):
+    """Four looks at what has ended (free slots, how many are alive), each before 8 tokens, and a few
+    reads at the start; 24 answers of up to 32 tokens, on a GPU as on this CPU that plays one."""
+    how = {"max_tokens": 32, "sample_rows": 24, "temperature": 0.0}
+    plain, reads = draw_answers(policy, tokenizer, problems, **how), []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "is_nonzero"):
+                reads.append(function)
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setitem(slots.STEPS_UNSEEN, policy.device.type, 8)
+    monkeypatch.setattr(slots.Slots, "is_compileable", True)
+    with Reads():
+        rows = draw_answers(policy, tokenizer, problems, **how)
+    assert torch.equal(rows["token_BL"], plain["token_BL"])
+    assert len(reads) < 2 * 5 + 6
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("engine", ["slots", "hf"])
 def test_the_models_own_generation_config_changes_no_distribution(
@@ -149,7 +172,7 @@ def test_a_slot_is_free_again_as_soon_as_its_answer_ends(policy, tokenizer, prob
         return token_R, torch.zeros(len(token_R), device=logit_RV.device)
 
     monkeypatch.setattr(rollout, "draw", scripted)
-    monkeypatch.setattr(slots, "STEPS_UNSEEN", 1)
+    monkeypatch.setattr(slots, "STEPS_UNSEEN", {"cpu": 1, "cuda": 1})
     rows = draw_answers(policy, tokenizer, problems, samples=1, max_tokens=9, sample_rows=2)
     assert rows["length_B"].tolist() == [5, 1, 3] and rows["stop_B"].all() and len(steps) == 5
     assert steps == [2, 2, 2, 2, 1]  # and with none waiting, the slot is given up

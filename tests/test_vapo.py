@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, GPT2Config
 
 import evaluate
+import losses
 import model
 import problems as problem_files
 import rollout
@@ -319,6 +320,36 @@ def test_a_compiled_run_equals_an_eager_one(world, tmp_path, monkeypatch):
     assert set(names) == {"add_slice", "policy_loss", "slice_gradient", "value_loss"}
     assert compiled.cache_info().misses == 4  # each once
     assert fast == pytest.approx(eager, rel=1e-3, abs=1e-5)
+
+
+def test_without_a_compiler_kernels_run_uncompiled_and_one_line_says_so(monkeypatch, capsys):
+    def no_compiler(function, dynamic):
+        def fails(*_):
+            raise torch._dynamo.exc.TorchDynamoException("No working C++ compiler found\nDetails")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    for cached in (run_file.compiled, run_file.say_once):
+        cached.cache_clear()
+    for kernel in (losses.nll_loss, losses.ratio):
+        fast, logp = run_file.kernel(kernel, True, torch.device("cpu")), torch.tensor([-1.0])
+        given = (logp,) if kernel is losses.nll_loss else (logp, logp)
+        assert fast(*given) == fast(*given) == 1
+    run_file.compiled.cache_clear()
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and said[0].endswith("without it: No working C++ compiler found")
+
+
+@pytest.mark.parametrize("able, said", [(False, "more slowly than float32"), (True, "")])
+def test_a_cpu_without_instructions_for_bfloat16_is_warned_of(able, said, monkeypatch, capsys):
+    known = {"architecture": "x86_64", "avx512_bf16": able, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    run_file.say_once.cache_clear()
+    for _ in range(2):  # policy and critic
+        assert loading.compute_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+    out = capsys.readouterr().out
+    assert said in out and out.count("\n") == bool(said)
 
 
 def test_a_run_on_every_device(world, device, tmp_path):
