@@ -22,8 +22,8 @@ def result(task):
     """Columns, metrics and whole gradients of policy and critic, of one mini-batch."""
     settings, device = train_vapo.Settings(**task["settings"]), torch.device("cpu")
     torch.manual_seed(0)
-    policy = loading.load_policy(task["model"], device)
-    critic = loading.load_critic(task["model"], device)
+    policy = loading.load_policy(task["model"], device, settings.dtype)
+    critic = loading.load_critic(task["model"], device, dtype=settings.dtype)
     if distributed.rank():  # rank 0 alone reads the weights
         assert {policy.device.type, critic.device.type} == {"meta"}
     torch.nn.init.normal_(loading.value_head(critic).weight, std=0.1)

@@ -91,7 +91,8 @@ def test_gradients_are_those_of_one_process_whatever_the_split(world, tmp_path, 
     other = {"whiten": True, "token_level_loss": False, "gradient_checkpointing": True}
     tasks = [(base, rows, {"micro_batch_tokens": 60}), (base, ragged, {"micro_batch_tokens": 100}),
              (base, few, {"micro_batch_tokens": 10_000}),
-             (base, rows, {"micro_batch_tokens": 100} | other)]  # fmt: skip
+             (base, rows, {"micro_batch_tokens": 100} | other),
+             (base, rows, {"micro_batch_tokens": 100, "dtype": "bfloat16"})]  # fmt: skip
     torch.manual_seed(0)
     ends = {"vocab_size": policy.config.vocab_size, "bos_token_id": None, "pad_token_id": None,
             "eos_token_id": tokenizer.eos_token_id, "initializer_range": 0.2}  # fmt: skip
@@ -111,6 +112,12 @@ def test_gradients_are_those_of_one_process_whatever_the_split(world, tmp_path, 
     assert (tmp_path / "built").read_text() == "by rank 0"
     for task, got in zip(tasks, torch.load(tmp_path / f"result-{processes}.pt")):
         expected = ranks.result(task)
+        if task["settings"].get("dtype") == "bfloat16":  # rounded otherwise: the same direction
+            both = [
+                torch.cat([g.flatten() for g in x["gradients"].values()]) for x in (got, expected)
+            ]
+            assert torch.cosine_similarity(*both, dim=0) > 0.999
+            continue
         for name in ("old_logp_BT", "old_value_BT", "adv_BT", "target_BT"):
             pair = got["rows"][name], expected["rows"][name]
             torch.testing.assert_close(*pair, rtol=0, atol=1e-5)
