@@ -1,11 +1,12 @@
 """evaluate.py: pass@k and majority votes by hand, top-p, and the script from end to end."""
 
+import inspect
 import itertools
 import json
 
 import pytest
 import torch
-from test_vapo import vapo_run
+from test_vapo import FAST, vapo_run
 
 import evaluate
 import rollout
@@ -79,17 +80,20 @@ def test_evaluation_trains_nothing_and_says_how_each_problem_went(world, tmp_pat
     assert numbers["test_majority"] == pytest.approx(said["majority"])
 
 
-def test_the_temperature_of_evaluations_is_their_own(world, tmp_path, monkeypatch):
-    """In a run it is 1, whatever is trained at; the script's is its flag."""
+def test_temperature_and_top_p_of_evaluations_are_their_own(world, tmp_path, monkeypatch):
+    """In a run T is 1, whatever is trained at, and top-p --eval_top_p, which training has not; the
+    script's are its flags. The greedy answer has neither."""
     args = [f"@{world}/evaluate.args", "--samples=4", "--device=cpu", "--temperature=0.01"]
     cold = evaluate.main([*args, f"--out={tmp_path / 'cold'}"])
     assert cold["accuracy"] == pytest.approx(cold["greedy_accuracy"])
     asked, sample = [], rollout.sample
 
-    def spy(*arguments, temperature, **options):
-        asked.append(temperature)
-        return sample(*arguments, temperature=temperature, **options)
+    def spy(*arguments, **options):
+        given = inspect.signature(sample).bind(*arguments, **options).arguments
+        asked.append((given["temperature"], given.get("top_p", 1.0)))
+        return sample(*arguments, **options)
 
     monkeypatch.setattr(rollout, "sample", spy)
-    vapo_run(world, tmp_path / "run", "--steps=0", "--no_value_pretraining", "--temperature=5")
-    assert asked == [1.0, 0.0]
+    vapo_run(world, tmp_path / "run", *FAST, "--temperature=5", "--eval_top_p=0.7")
+    evaluation = [(1.0, 0.7), (0.0, 1.0)]
+    assert asked == [*evaluation, (5.0, 1.0), *evaluation]

@@ -1,0 +1,208 @@
+"""One optimiser step worked out by hand, through the loops that are shipped.
+
+The world has two words, A and B. The policy is a coin: log π = log softmax(θ / T) whatever came
+before, θ = (3, 3), so π = ½ each. The critic says V = v = ½ everywhere. A rollout is two answers to
+one problem:
+
+    answer   verdict   R   δ          λ = 1 − 1/l   Â          π_old / π_sampler
+    A        right     1   ½          0             ½          ½ / ¼ = 2, held at 1.5
+    B B      wrong     0   0, −½      ½             −¼, −½     1
+
+By θ_A the gradient of log π(A) is ½ and that of log π(B) is −½; by θ_B it is the opposite. So one
+number, g, is the policy's whole gradient: (−g, g), of norm g √2.
+"""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from test_vapo import metrics_of
+from torch.nn import Parameter
+
+import evaluate
+import model
+import rollout
+import table
+import train_value
+import train_vapo
+from system import checkpoint
+
+# No number is a default, so a flag that is ignored shows.
+SETTINGS = train_vapo.Settings(
+    train="t", test="t", steps=2, prompts=1, samples=2, mini_batch=2, micro_batch_tokens=1,
+    lr=0.01, critic_lr=0.02, warmup=2, max_grad_norm=0.1, alpha=1.0, mu=0.2, is_clip=1.5,
+    compile=False, device="cpu",
+)  # fmt: skip
+A, B = 0, 1
+
+
+class Coin(torch.nn.Module):
+    """The policy, with θ, and the critic, with v: what the loops ask of a network."""
+
+    device, compute_dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, *weights):
+        super().__init__()
+        self.weight = Parameter(torch.tensor(weights))
+
+
+def rows_of(*answers):
+    """Rows of judged answers, each as its words; right if it is A. The prompt is one word."""
+    length_B = torch.tensor(list(map(len, answers)))
+    width = int(length_B.max())
+    token_BL = torch.tensor([[B, *words, *[A] * (width - len(words))] for words in answers])
+    correct_B = torch.tensor([words == [A] for words in answers])
+    rows = {"token_BL": token_BL, "length_B": length_B, "correct_B": correct_B,
+            "prompt_length_B": torch.ones_like(length_B), "problem_B": torch.zeros_like(length_B),
+            "stop_B": torch.ones_like(correct_B), "reward_B": correct_B.float()}  # fmt: skip
+    chance_BT = torch.where(table.response_tokens(rows) == A, 0.25, 0.5)  # the sampler's
+    return rows | {"sampled_logp_BT": chance_BT.log() * table.response_mask(rows)}
+
+
+@pytest.fixture
+def coins(monkeypatch):
+    """(policy, critic, given): given[network] is what AdamW was given in each of its steps, as
+    (learning rate, gradient)."""
+    policy, critic = Coin(3.0, 3.0), Coin(0.5)
+    given, step = {policy: [], critic: []}, torch.optim.AdamW.step
+
+    def logprobs(policy, rows, temperature, compile=False):
+        word_BT = table.response_tokens(rows)
+        logp_BT = (policy.weight / temperature).log_softmax(0)[word_BT]
+        return logp_BT, torch.full_like(logp_BT, math.log(2))
+
+    def values(critic, rows, shift=0):
+        return critic.weight.expand(table.response_mask(rows).shape)
+
+    def spy(optimizer, *rest):
+        (group,) = optimizer.param_groups
+        network = policy if group["params"][0] is policy.weight else critic
+        given[network].append((group["lr"], network.weight.grad.tolist()))
+        return step(optimizer, *rest)
+
+    monkeypatch.setattr(model, "policy_logprobs", logprobs)
+    monkeypatch.setattr(model, "critic_values", values)
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    return policy, critic, given
+
+
+@pytest.fixture
+def train(coins, monkeypatch, tmp_path):
+    """train(answers, settings): the shipped loop, in which every rollout is those answers.
+    Returns: the logged numbers of the first rollout."""
+    policy, critic, _ = coins
+
+    def train(answers, settings):
+        drawn = {"accuracy": 0.5, "answers": len(answers), "generations": 1}
+        monkeypatch.setattr(rollout, "collect", lambda *_: (rows_of(*answers), drawn))
+        monkeypatch.setattr(evaluate, "evaluate_in_run", lambda *_: ({}, {}))
+        own = None if settings.critic_free else critic
+        train_vapo.train(settings, tmp_path, policy, own, None, [], [])
+        return metrics_of(tmp_path)[1]
+
+    return train
+
+
+def near(*numbers):
+    return pytest.approx(numbers, rel=1e-3)
+
+
+def test_two_steps_by_hand(coins, train):
+    policy, critic, given = coins
+    numbers = train([[A], [B, B]], SETTINGS)
+    # Token-level: every token weighs ⅓. −⅓ (1.5 · ½ − ¼ − ½) = 0, and its slope by θ_A is
+    # −⅓ (1.5 · ½ · ½ + ¼ · ½ + ½ · ½) = −¼.
+    assert numbers["policy_loss"] == pytest.approx(0, abs=1e-6)
+    # The NLL of the right answer is log 2, its slope −½, and μ = 0.2: g = ¼ + 0.1.
+    assert numbers["nll_loss"] == pytest.approx(math.log(2))
+    assert numbers["policy_grad_norm"] == pytest.approx(0.35 * math.sqrt(2))
+    # The critic: targets 1, 0, 0. ⅓ · 3 · ½ (½)², slope ⅓ (−½ + ½ + ½).
+    assert numbers["value_loss"] == pytest.approx(1 / 8)
+    assert numbers["critic_grad_norm"] == pytest.approx(1 / 6)
+    # Both are clipped to a norm of 0.1, and warm up in two steps.
+    g = 0.1 / math.sqrt(2)
+    assert given[policy] == [(0.005, near(-g, g)), (0.01, near(-g, g))]
+    assert given[critic] == [(0.01, near(0.1)), (0.02, near(0.1))]
+    # For equal gradients AdamW moves by lr · sign(g); a decay of 0.01 would add 0.03 · lr to that.
+    step = policy.weight.detach() - 3
+    assert step.tolist() == near(0.015, -0.015)
+    assert critic.weight.item() - 0.5 == pytest.approx(-0.03, rel=1e-3)
+    assert numbers["gradient_steps"] == 1 and numbers["bad_steps"] == 0
+
+
+WHITE = math.sqrt(13 / 48)  # the std of ½, −¼, −½, whose mean is −1/12, by 1/(N − 1)
+
+
+@pytest.mark.parametrize("changed, policy_gradient, critic_gradient", [
+    ({}, 1 / 4 + 0.1, 1 / 6),
+    ({"mu": 0.5}, 1 / 4 + 0.25, 1 / 6),
+    ({"positive_nll": False}, 1 / 4, 1 / 6),
+    # importance 1 and 2 in the place of 1.5
+    ({"is_clip": 0.0}, (1 / 4 + 1 / 8 + 1 / 4) / 3 + 0.1, 1 / 6),
+    ({"is_clip": 9.0}, (1 / 2 + 1 / 8 + 1 / 4) / 3 + 0.1, 1 / 6),
+    ({"is_clip": None}, (1 / 4 + 1 / 8 + 1 / 4) / 3 + 0.1, 1 / 6),
+    # weights ½, ¼, ¼; the critic's stay ⅓
+    ({"token_level_loss": False}, 3 / 16 + 1 / 32 + 1 / 16 + 0.1, 1 / 6),
+    # Â = ½, −½, −½
+    ({"length_adaptive_gae": False, "lam_policy": 1.0}, (3 / 8 + 1 / 2) / 3 + 0.1, 1 / 6),
+    ({"alpha": 1e9}, (3 / 8 + 1 / 2) / 3 + 0.1, 1 / 6),
+    # targets 1, Â + V = ¼, 0: by the policy's λ = ½, or by λ_critic = ½
+    ({"decoupled_gae": False}, 1 / 4 + 0.1, 1 / 12),
+    ({"lam_critic": 0.5}, 1 / 4 + 0.1, 1 / 12),
+    ({"whiten": True}, (1.5 * 7 / 24 + 2 / 24 + 5 / 24) / WHITE / 3 + 0.1, 1 / 6),
+    # log π = log softmax(θ / 2): half the slope
+    ({"temperature": 2.0}, (1 / 4 + 0.1) / 2, 1 / 6),
+    # GRPO: Â = (R − ½) / ½ = 1, −1, −1
+    ({"critic_free": True}, (3 / 4 + 1 / 2 + 1 / 2) / 3 + 0.1, None),
+], ids=str)  # fmt: skip
+def test_the_gradient_by_hand_with_each_flag(train, changed, policy_gradient, critic_gradient):
+    numbers = train([[A], [B, B]], replace(SETTINGS, steps=1, **changed))
+    assert numbers["policy_grad_norm"] == pytest.approx(policy_gradient * math.sqrt(2))
+    assert numbers.get("critic_grad_norm") == pytest.approx(critic_gradient)
+
+
+@pytest.mark.parametrize("changed, policy_gradient, critic_gradient", [
+    ({}, 0, -0.2),  # the ratio is clipped; V = 0.8 is 0.2 below its target
+    ({"value_clip": 0.1}, 0, 0),  # V may rise to 0.6 only: the held loss is larger, and flat
+    ({"value_clip": 0.4}, 0, -0.2),  # to 0.9: it may
+    ({"eps_high": 0.8}, -1.7616 * 0.5 * 0.1192, -0.2),  # −r Â ∂ log π(A)
+    ({"eps_low": 0.8, "clip_higher": False}, -1.7616 * 0.5 * 0.1192, -0.2),
+], ids=str)  # fmt: skip
+def test_the_second_step_of_a_rollout_by_hand(
+    coins, train, changed, policy_gradient, critic_gradient
+):
+    """Two equal answers, one a step: Â = ½, and after the first step θ = (4, 2), V = 0.8. Then
+    π(A) = 1 / (1 + e^−2) = 0.8808, the ratio is 1.7616, and the slope of log π(A) is 0.1192."""
+    policy, critic, given = coins
+    own = {"mini_batch": 1, "steps": 1, "lr": 1.0, "critic_lr": 0.3, "warmup": 0, "is_clip": 0.0}
+    own |= {"max_grad_norm": 10.0, "positive_nll": False}
+    numbers = train([[A], [A]], replace(SETTINGS, **own | changed))
+    slopes = [gradient[0] for _, gradient in given[policy]]
+    assert slopes == pytest.approx([-0.25, policy_gradient], rel=1e-3)
+    slopes = [gradient[0] for _, gradient in given[critic]]
+    assert slopes == pytest.approx([-0.5, critic_gradient], rel=1e-3)
+    assert numbers["ratio_max"] == pytest.approx(1.7616, rel=1e-4)
+    assert numbers["clip_high"] == (0 if policy_gradient else 0.5)  # of two steps of one token
+
+
+def test_two_steps_of_value_pretraining_by_hand(coins, monkeypatch, tmp_path):
+    """Answers of one token (R = 1) and of three (R = 0), each a micro-batch: every token weighs ¼,
+    ¼ (−½ + ½ + ½ + ½) = ¼. Weighed by answers, or in each micro-batch alone, it would be 0."""
+    _, critic, given = coins
+    monkeypatch.setattr(checkpoint, "export", lambda *_: None)
+    settings = train_value.Settings(
+        lr=0.01, batch=2, passes=2, max_grad_norm=0.1, micro_batch_tokens=1, compile=False
+    )
+    rows = rows_of([A], [B, B, B])
+    train_value.fit(settings, tmp_path, critic, None, rows, rows, lambda value_BT: {})
+    before, first, second = metrics_of(tmp_path)
+    # ½ (½)² at every token; V is ½ throughout, and explains nothing
+    assert before["value_loss"] == pytest.approx(1 / 8) and before["explained_variance"] == 0
+    assert first["train_value_loss"] == pytest.approx(1 / 8)
+    assert first["value_grad_norm"] == pytest.approx(1 / 4)
+    # clipped, and on the way to lr in ten steps
+    assert given[critic] == [(pytest.approx(0.001), near(0.1)), (pytest.approx(0.002), near(0.1))]
+    assert critic.weight.item() - 0.5 == pytest.approx(-0.003, rel=1e-3)
+    # after the first step V = 0.499: ¼ (½ (0.501)² + 3 · ½ (0.499)²)
+    assert first["value_loss"] == pytest.approx((0.501**2 + 3 * 0.499**2) / 8, rel=1e-6)
