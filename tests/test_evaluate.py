@@ -10,6 +10,7 @@ from test_vapo import FAST, vapo_run
 
 import evaluate
 import rollout
+import table
 from system import slots
 
 
@@ -42,6 +43,22 @@ def test_pass_at_k_is_the_share_of_draws_without_replacement():
 ])  # fmt: skip
 def test_the_majority_is_of_meanings_not_of_texts(answers, chosen):
     assert evaluate.majority(answers) == chosen
+
+
+def test_how_each_problem_went_by_hand(monkeypatch):
+    """Two problems with three answers each. Two answers to the second are cut: they do not vote."""
+    texts = ["#### 7", "#### 5", "it is #### 5.0", "none", "#### 1", "#### 1"]
+    monkeypatch.setattr(table, "texts", lambda *_: texts)
+    rows = {"stop_B": torch.tensor([1, 1, 1, 1, 0, 0]).bool(),
+            "correct_B": torch.tensor([0, 1, 1, 0, 0, 0]).bool(),
+            "length_B": torch.tensor([1, 2, 3, 4, 5, 9])}  # fmt: skip
+    problems = [{"problem": "2 + 3?", "answer": "5"}, {"problem": "0 + 1?", "answer": "1"}]
+    first, second = evaluate.problem_results(rows, None, problems, 3)
+    assert first["stated"] == ["7", "5", "5.0"] and second["stated"] == [None, None, None]
+    assert (first["correct"], first["majority"], first["majority_correct"]) == (2, "5", True)
+    assert (second["correct"], second["majority"], second["majority_correct"]) == (0, None, False)
+    assert (first["length"], first["truncated"]) == (2, 0)
+    assert (second["length"], second["truncated"]) == (6, pytest.approx(2 / 3))
 
 
 def test_top_p_cuts_the_tail_and_keeps_at_least_one():

@@ -152,3 +152,12 @@ def test_ratio_metrics_by_hand():
     )
     k3 = 2 * (0.5 - math.log(1.5)) + (-0.5 - math.log(0.5))
     assert metrics["approx_kl"].item() == pytest.approx(k3, rel=1e-5)
+
+
+def test_what_the_clip_removes_is_counted_at_its_own_side():
+    # 1.25 is within 1 + ε_high and 0.75 is below 1 − ε_low: ε is 0.28 above and 0.2 below.
+    logp_BT, adv_BT = torch.tensor([[1.25, 0.75]]).log(), torch.tensor([[1.0, -1.0]])
+    metrics = ratio_metrics(logp_BT, torch.zeros(1, 2), adv_BT, mask(2), 0.2, 0.28)
+    assert metrics["clip_high"] == 0 and metrics["clip_low"] == 1
+    metrics = ratio_metrics(logp_BT, torch.zeros(1, 2), adv_BT, mask(2), 0.28, 0.2)
+    assert metrics["clip_high"] == 1 and metrics["clip_low"] == 0

@@ -26,7 +26,7 @@ import rollout
 import table
 import train_value
 import train_vapo
-from system import checkpoint
+from system import checkpoint, loading
 
 # No number is a default, so a flag that is ignored shows.
 SETTINGS = train_vapo.Settings(
@@ -90,7 +90,7 @@ def coins(monkeypatch):
 @pytest.fixture
 def train(coins, monkeypatch, tmp_path):
     """train(answers, settings): the shipped loop, in which every rollout is those answers.
-    Returns: the logged numbers of the first rollout."""
+    Returns: the logged numbers, a dict a rollout; the first is of before."""
     policy, critic, _ = coins
 
     def train(answers, settings):
@@ -99,7 +99,7 @@ def train(coins, monkeypatch, tmp_path):
         monkeypatch.setattr(evaluate, "evaluate_in_run", lambda *_: ({}, {}))
         own = None if settings.critic_free else critic
         train_vapo.train(settings, tmp_path, policy, own, None, [], [])
-        return metrics_of(tmp_path)[1]
+        return metrics_of(tmp_path)
 
     return train
 
@@ -110,7 +110,7 @@ def near(*numbers):
 
 def test_two_steps_by_hand(coins, train):
     policy, critic, given = coins
-    numbers = train([[A], [B, B]], SETTINGS)
+    _, numbers, _ = train([[A], [B, B]], SETTINGS)
     # Token-level: every token weighs ⅓. −⅓ (1.5 · ½ − ¼ − ½) = 0, and its slope by θ_A is
     # −⅓ (1.5 · ½ · ½ + ¼ · ½ + ½ · ½) = −¼.
     assert numbers["policy_loss"] == pytest.approx(0, abs=1e-6)
@@ -157,7 +157,7 @@ WHITE = math.sqrt(13 / 48)  # the std of ½, −¼, −½, whose mean is −1/12
     ({"critic_free": True}, (3 / 4 + 1 / 2 + 1 / 2) / 3 + 0.1, None),
 ], ids=str)  # fmt: skip
 def test_the_gradient_by_hand_with_each_flag(train, changed, policy_gradient, critic_gradient):
-    numbers = train([[A], [B, B]], replace(SETTINGS, steps=1, **changed))
+    _, numbers = train([[A], [B, B]], replace(SETTINGS, steps=1, **changed))
     assert numbers["policy_grad_norm"] == pytest.approx(policy_gradient * math.sqrt(2))
     assert numbers.get("critic_grad_norm") == pytest.approx(critic_gradient)
 
@@ -177,7 +177,7 @@ def test_the_second_step_of_a_rollout_by_hand(
     policy, critic, given = coins
     own = {"mini_batch": 1, "steps": 1, "lr": 1.0, "critic_lr": 0.3, "warmup": 0, "is_clip": 0.0}
     own |= {"max_grad_norm": 10.0, "positive_nll": False}
-    numbers = train([[A], [A]], replace(SETTINGS, **own | changed))
+    _, numbers = train([[A], [A]], replace(SETTINGS, **own | changed))
     slopes = [gradient[0] for _, gradient in given[policy]]
     assert slopes == pytest.approx([-0.25, policy_gradient], rel=1e-3)
     slopes = [gradient[0] for _, gradient in given[critic]]
@@ -194,15 +194,81 @@ def test_two_steps_of_value_pretraining_by_hand(coins, monkeypatch, tmp_path):
     settings = train_value.Settings(
         lr=0.01, batch=2, passes=2, max_grad_norm=0.1, micro_batch_tokens=1, compile=False
     )
-    rows = rows_of([A], [B, B, B])
-    train_value.fit(settings, tmp_path, critic, None, rows, rows, lambda value_BT: {})
+    rows, held_out = rows_of([A], [B, B, B]), rows_of([A], [A])
+    train_value.fit(settings, tmp_path, critic, None, rows, held_out, lambda value_BT: {})
     before, first, second = metrics_of(tmp_path)
-    # ½ (½)² at every token; V is ½ throughout, and explains nothing
-    assert before["value_loss"] == pytest.approx(1 / 8) and before["explained_variance"] == 0
+    assert before["value_loss"] == pytest.approx(1 / 8)  # ½ (½)² at every token
     assert first["train_value_loss"] == pytest.approx(1 / 8)
     assert first["value_grad_norm"] == pytest.approx(1 / 4)
     # clipped, and on the way to lr in ten steps
     assert given[critic] == [(pytest.approx(0.001), near(0.1)), (pytest.approx(0.002), near(0.1))]
     assert critic.weight.item() - 0.5 == pytest.approx(-0.003, rel=1e-3)
-    # after the first step V = 0.499: ¼ (½ (0.501)² + 3 · ½ (0.499)²)
-    assert first["value_loss"] == pytest.approx((0.501**2 + 3 * 0.499**2) / 8, rel=1e-6)
+    # After the first step V = 0.499. The answers held out are right ones only.
+    assert first["value_loss"] == pytest.approx(0.501**2 / 2, rel=1e-6)
+
+
+def test_a_pass_of_value_pretraining_takes_every_row_once_in_a_new_order(
+    coins, monkeypatch, tmp_path
+):
+    batches, value_gradients = [], train_value.value_gradients
+
+    def spy(critic, batch, *rest, **options):
+        batches.append(batch["problem_B"].tolist())
+        return value_gradients(critic, batch, *rest, **options)
+
+    monkeypatch.setattr(train_value, "value_gradients", spy)
+    monkeypatch.setattr(checkpoint, "export", lambda *_: None)
+    settings = train_value.Settings(batch=3, passes=2, compile=False)
+    rows = rows_of(*[[A]] * 8) | {"problem_B": torch.arange(8)}
+    train_value.fit(settings, tmp_path, coins[1], None, rows, rows, lambda value_BT: {})
+    assert list(map(len, batches)) == [3, 3, 2] * 2
+    first, second = sum(batches[:3], []), sum(batches[3:], [])
+    assert sorted(first) == sorted(second) == list(range(8))
+    assert first != second and list(range(8)) not in (first, second)
+
+
+def test_columns_of_all_rows_stand_where_the_rows_do(coins):
+    policy, _, _ = coins
+    policy.weight.data = torch.tensor([math.log(3), 0.0])  # π = ¾, ¼
+    rows = rows_of([B, B, B], [A], [B, A])
+    for tokens in (1, 100):
+        logp_BT, _ = model.all_logprobs(policy, rows, 1.0, tokens)
+        expected = [[1 / 4, 1 / 4, 1 / 4], [3 / 4, 1, 1], [1 / 4, 3 / 4, 1]]
+        torch.testing.assert_close(logp_BT.exp(), torch.tensor(expected))
+
+
+def test_the_sampler_gets_the_policy_of_every_rollouts_last_step(coins, train, monkeypatch):
+    given = []
+    follow = lambda sampler, policy: given.append(policy.weight[0].item())  # noqa: E731
+    monkeypatch.setattr(loading, "update_sampler", follow)
+    train([[A], [B, B]], SETTINGS)
+    assert given == near(3.005, 3.015)
+
+
+def test_every_purpose_has_random_numbers_of_its_own_from_the_seed(train, monkeypatch):
+    made, seeded_generator = [], train_vapo.seeded_generator
+
+    def spy(*arguments):
+        generator = seeded_generator(*arguments)
+        made.append(generator.initial_seed())
+        return generator
+
+    monkeypatch.setattr(train_vapo, "seeded_generator", spy)
+    for seed in (1, 2):
+        train([[A], [B, B]], replace(SETTINGS, steps=0, seed=seed))
+    assert len(set(made)) == 6  # order, sampling and mini-batches of two seeds
+
+
+def test_advantages_of_groups_and_importance_by_hand():
+    """GRPO: Â = (R − mean) / std in the group of two: ±1, or 0. With π_old = 0.45 the importance
+    is 0.45 / 0.25 for A and 0.45 / 0.5 for B with vLLM; with our own sampler it is not used."""
+    rows = rows_of([A], [B, B], [A], [A])
+    rows["old_logp_BT"] = math.log(0.45) * table.response_mask(rows)
+    own = {"prompts": 2, "samples": 2, "mini_batch": 4, "is_clip": None, "critic_free": True}
+    for engine, weights in (("slots", [1, 1]), ("vllm", [1.8, 0.9])):
+        settings = replace(SETTINGS, engine=engine, **own)
+        train_vapo.advantages(rows, settings)
+        assert rows["adv_BT"].tolist() == [[1, 0], [-1, -1], [0, 0], [0, 0]]
+        a, b = weights
+        expected = torch.tensor([[a, 0], [b, b], [a, 0], [a, 0]])
+        torch.testing.assert_close(rows["importance_BT"], expected, check_dtype=False)
