@@ -194,7 +194,7 @@ QUICK = [
     # ★ NLL of all answers; of those with a high reward; one switch that changes two things
     ("train_vapo.py", 'mask_BT * batch["correct_B"][:, None]', "mask_BT", "test_step.py"),
     ("train_vapo.py", 'mask_BT * batch["correct_B"][:, None]',
-     'mask_BT * (batch["reward_B"] > 0)[:, None]', "test_step.py"),
+     'mask_BT * (batch["reward_B"] > 0)[:, None]', "test_table.py"),
     ("train_vapo.py", 'losses.token_weights(correct_BT, "token")',
      "losses.token_weights(correct_BT, how)", "test_table.py"),
     ("train_vapo.py", 'batch["critic_weight_BT"] = losses.token_weights(mask_BT, "token")',
@@ -495,7 +495,9 @@ def main():
             if code:
                 print(f"{log}\nthe tests fail without any mutant: {tests}")
                 broken.append(tests)
-        for mutant, code, log in exit_codes(mutants if not broken else [], copies, "mutants"):
+        if broken:
+            return 2
+        for mutant, code, log in exit_codes(mutants, copies, "mutants"):
             file, old, new, tests = mutant
             said = f"{file}: {old!r} → {new!r} ({tests})"
             if code == 0:

@@ -48,11 +48,11 @@ class Coin(torch.nn.Module):
 
 
 def rows_of(*answers):
-    """Rows of judged answers, each as its words; right if it is A. The prompt is one word."""
+    """Rows of judged answers, each as its words; right if it begins with A. The prompt is one."""
     length_B = torch.tensor(list(map(len, answers)))
     width = int(length_B.max())
     token_BL = torch.tensor([[B, *words, *[A] * (width - len(words))] for words in answers])
-    correct_B = torch.tensor([words == [A] for words in answers])
+    correct_B = torch.tensor([words[0] == A for words in answers])
     rows = {"token_BL": token_BL, "length_B": length_B, "correct_B": correct_B,
             "prompt_length_B": torch.ones_like(length_B), "problem_B": torch.zeros_like(length_B),
             "stop_B": torch.ones_like(correct_B), "reward_B": correct_B.float()}  # fmt: skip
@@ -235,6 +235,35 @@ def test_columns_of_all_rows_stand_where_the_rows_do(coins):
         logp_BT, _ = model.all_logprobs(policy, rows, 1.0, tokens)
         expected = [[1 / 4, 1 / 4, 1 / 4], [3 / 4, 1, 1], [1 / 4, 3 / 4, 1]]
         torch.testing.assert_close(logp_BT.exp(), torch.tensor(expected))
+
+
+def test_the_first_ratio_is_one_at_the_temperature_of_the_sampler(coins):
+    policy, critic, _ = coins
+    policy.weight.data = torch.tensor([math.log(9), 0.0])  # π = 9 : 1, at T = 2 3 : 1
+    rows = rows_of([A, B])
+    train_vapo.score(policy, critic, rows, replace(SETTINGS, temperature=2.0))
+    assert rows["old_logp_BT"].exp().tolist() == [near(3 / 4, 1 / 4)]
+    assert rows["old_value_BT"].tolist() == [[0.5, 0.5]]
+
+
+def test_the_nll_is_over_the_tokens_of_all_right_answers(train):
+    """Both are right, so GRPO's advantages are 0. Three tokens, A, A and B, each in ⅓ of the mean,
+    whatever micro-batch they are in: ⅓ (½ + ½ − ½) = 1/6, times μ = 0.2."""
+    _, numbers = train([[A], [A, B]], replace(SETTINGS, steps=1, critic_free=True))
+    assert numbers["nll_loss"] == pytest.approx(math.log(2))
+    assert numbers["policy_grad_norm"] == pytest.approx(0.2 / 6 * math.sqrt(2))
+
+
+def test_lambda_follows_the_length_of_the_answer_and_not_that_of_the_table():
+    rows = rows_of([A, B], [B, B, B, B])
+    mask_BT = table.response_mask(rows)
+    rows |= {"old_logp_BT": math.log(0.5) * mask_BT, "old_value_BT": 0.5 * mask_BT}
+    train_vapo.advantages(rows, SETTINGS)
+    assert rows["lam_B"].tolist() == [1 / 2, 3 / 4]  # 1 − 1/l
+    # δ is ±½ at the last token, and 0 before
+    expected = [[1 / 4, 1 / 2, 0, 0], [-27 / 128, -9 / 32, -3 / 8, -1 / 2]]
+    torch.testing.assert_close(rows["adv_BT"], torch.tensor(expected))
+    assert rows["target_BT"].tolist() == [[1, 1, 0, 0], [0, 0, 0, 0]]
 
 
 def test_the_sampler_gets_the_policy_of_every_rollouts_last_step(coins, train, monkeypatch):

@@ -76,7 +76,8 @@ def test_mini_batches_are_as_even_as_can_be_and_hold_every_row_once(size, sizes)
 def test_weights_of_a_mini_batch_sum_to_one_each_and_not_those_of_its_parts():
     length_B = torch.tensor([1, 3, 4])
     rows = {"length_B": length_B, "prompt_length_B": torch.ones_like(length_B),
-            "correct_B": torch.tensor([True, False, True])}  # fmt: skip
+            "correct_B": torch.tensor([True, False, True]),
+            "reward_B": torch.tensor([-1.0, 2.0, -1.0])}  # shaped: of no use here  # fmt: skip
     batch = with_weights(rows, SETTINGS)
     for name in ("policy_weight_BT", "nll_weight_BT", "critic_weight_BT"):
         assert batch[name].sum().item() == pytest.approx(1)
@@ -109,9 +110,9 @@ def test_what_is_cut_out_of_rows_and_put_together_again():
 
 
 def test_the_numbers_of_a_rollout_by_hand():
-    """An answer of one token, which is right, and one of three, which is cut."""
+    """An answer of one token, which is right, and one of three. Both end by themselves."""
     rows = {
-        "length_B": torch.tensor([1, 3]), "stop_B": torch.tensor([True, False]),
+        "length_B": torch.tensor([1, 3]), "stop_B": torch.tensor([True, True]),
         "reward_B": torch.tensor([1.0, 0.0]), "lam_B": torch.tensor([0.25, 0.75]),
         "entropy_BT": torch.tensor([[4.0, 0, 0], [1, 1, 2]]),
         "sampled_logp_BT": torch.tensor([[-1.0, 0, 0], [-1, -1, -1]]),
@@ -121,7 +122,7 @@ def test_the_numbers_of_a_rollout_by_hand():
         "old_value_BT": torch.tensor([[0.5, 0, 0], [0.25, 0.5, 0.75]]),
     }  # fmt: skip
     expected = {
-        "reward": 1 / 2, "length": 2, "length_max": 3, "truncated": 1 / 2, "entropy": 8 / 4,
+        "reward": 1 / 2, "length": 2, "length_max": 3, "truncated": 0, "entropy": 8 / 4,
         "sampler_gap": (2 + 0 + 1 + 1) / 4, "importance": 4.5 / 4, "advantage": -4 / 4,
         "value_first": 0.75 / 2, "value_last": 1.25 / 2, "lambda_min": 0.25, "lambda": 0.5,
         "lambda_max": 0.75,

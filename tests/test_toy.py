@@ -51,7 +51,7 @@ def test_every_slip_is_a_wrong_letter_and_the_mark_takes_it_back():
 
 
 def test_steps_are_log_uniform():
-    train, _ = toy.draw_problems(toy.World(train_problems=2000), random.Random(0))
+    train, _ = toy.draw_problems(toy.World(train_problems=2000, test_problems=1), random.Random(0))
     # the share of 2 to 11 among 2 to 64, by logarithms: 0.54; by numbers it is 10 of 63
     expected = math.log(11.5 / 1.5) / math.log(64.5 / 1.5)
     assert sum(n <= 11 for _, n in train) / 2000 == pytest.approx(expected, abs=0.04)
