@@ -242,6 +242,8 @@ QUICK = [
     ("system/run.py", 'random.Random(f"{purpose} {seed}")', 'random.Random(f"{seed}")',
      "test_step.py"),
 
+    ("train_value.py", "model.critic_values(critic, micro, shift)",
+     "model.critic_values(critic, micro)", "test_step.py"),
     ("train_value.py", "old_value_BT, value_clip)", "old_value_BT, None)", "test_step.py"),
     ("train_value.py", 'losses.token_weights(mask_BT, "token")\n            loss =',
      'losses.token_weights(mask_BT, "sample")\n            loss =', "test_step.py"),
@@ -249,6 +251,8 @@ QUICK = [
     ("train_value.py", "min(1.0, (step + 1) / WARMUP)", "1.0", "test_step.py"),
     ("train_value.py", "measure(critic, held_out_rows, *how)", "measure(critic, rows, *how)",
      "test_step.py"),
+    ("train_value.py", 'rows["reward_B"][:, None] * mask_BT',
+     'rows["correct_B"][:, None] * mask_BT', OBJECTIVE),
     ("train_value.py", "return target_BT, mask_BT, 0", "return target_BT, mask_BT, 1", OBJECTIVE),
     ("train_value.py", 't_T == rows["length_B"][:, None] - 1', 't_T == rows["length_B"][:, None]',
      OBJECTIVE),
@@ -387,9 +391,6 @@ SLOW = [
      "test_vapo.py::test_the_rivals_run_from_start_to_saved_policy_each_in_its_own_way"),
     ("train_vapo.py", "start = starting_critic(settings, run_dir, policy)",
      "start = settings.model", "test_vapo.py::test_rewards_reach_the_pretrained_critic"),
-    ("train_value.py", "model.critic_values(critic, micro, shift)",
-     "model.critic_values(critic, micro)",
-     "test_value.py::test_a_reward_model_is_worse_than_a_critic_before_the_end"),
     ("model.py", "response_hidden(critic.base_model, rows, shift)",
      "response_hidden(critic.base_model, rows)",
      "test_value.py::test_critic_from_a_reward_model_gives_the_reward_models_scores"),
@@ -401,9 +402,6 @@ SLOW = [
      "test_value.py::test_rewards_pass_into_the_values"),
     ("train_value.py", "reached and number > 0", "False",
      "test_value.py::test_it_stops_at_the_target_or_at_steps"),
-    ("train_value.py", 'rows["reward_B"][:, None] * mask_BT',
-     'rows["correct_B"][:, None] * mask_BT',
-     "test_vapo.py::test_rewards_reach_the_pretrained_critic"),
 ]
 # fmt: on
 

@@ -1,8 +1,8 @@
 """One optimiser step worked out by hand, through the loops that are shipped.
 
 The world has two words, A and B. The policy is a coin: log π = log softmax(θ / T) whatever came
-before, θ = (3, 3), so π = ½ each. The critic says V = v = ½ everywhere. A rollout is two answers to
-one problem:
+before, θ = (3, 3), so π = ½ each. The critic says V = v = ½ before every token, and v + 1 after it.
+A rollout is two answers to one problem:
 
     answer   verdict   R   δ          λ = 1 − 1/l   Â          π_old / π_sampler
     A        right     1   ½          0             ½          ½ / ¼ = 2, held at 1.5
@@ -73,7 +73,7 @@ def coins(monkeypatch):
         return logp_BT, torch.full_like(logp_BT, math.log(2))
 
     def values(critic, rows, shift=0):
-        return critic.weight.expand(table.response_mask(rows).shape)
+        return critic.weight.expand(table.response_mask(rows).shape) + shift
 
     def spy(optimizer, *rest):
         (group,) = optimizer.param_groups
@@ -205,6 +205,23 @@ def test_two_steps_of_value_pretraining_by_hand(coins, monkeypatch, tmp_path):
     assert critic.weight.item() - 0.5 == pytest.approx(-0.003, rel=1e-3)
     # After the first step V = 0.499. The answers held out are right ones only.
     assert first["value_loss"] == pytest.approx(0.501**2 / 2, rel=1e-6)
+
+
+def test_a_reward_model_is_fitted_after_the_last_token_by_hand(coins, monkeypatch, tmp_path):
+    """V is 1.5 there: ½ ((1.5 − 1) + (1.5 − 0)) = 1, whatever the lengths."""
+    _, critic, given = coins
+    monkeypatch.setattr(checkpoint, "export", lambda *_: None)
+    settings = train_value.Settings(
+        objective="reward", batch=2, passes=1, max_grad_norm=9.0, compile=False
+    )
+    rows = rows_of([A], [B, B, B])
+    train_value.fit(settings, tmp_path, critic, None, rows, rows, lambda value_BT: {})
+    assert given[critic] == [(pytest.approx(2e-7), near(1.0))]
+    before, after = metrics_of(tmp_path)
+    assert before["value_loss"] == pytest.approx((0.5**2 + 1.5**2) / 2 / 2)
+    # variances of R − V = −½, −1½ and of R are equal: a constant explains nothing
+    assert before["explained_variance"] == 0
+    assert before["value_first"] == before["value_last"] == 0.5  # before the tokens, all the same
 
 
 def test_a_pass_of_value_pretraining_takes_every_row_once_in_a_new_order(

@@ -81,7 +81,8 @@ def test_every_pass_is_measured_and_logged(run):
 
 
 def test_value_looks_before_every_token_and_reward_after_the_last():
-    rows = {"length_B": torch.tensor([3, 1]), "reward_B": torch.tensor([1.0, 2.0])}
+    rows = {"length_B": torch.tensor([3, 1]), "reward_B": torch.tensor([1.0, 2.0]),
+            "correct_B": torch.tensor([True, True])}  # of no use here  # fmt: skip
     target_BT, mask_BT, shift = train_value.objective_columns(rows, "value")
     assert target_BT.tolist() == [[1, 1, 1], [2, 0, 0]] and shift == 0
     assert mask_BT.tolist() == [[1, 1, 1], [1, 0, 0]]
