@@ -10,7 +10,7 @@ caught if one of its tests fails, and only then: a test that cannot be collected
 an error too. Survivors are listed, with exit code 1.
 
 Each is tried in a copy of the tree, in a process forked from this one, which has imported torch and
-transformers already.
+transformers already. The tests run once without any mutant first, and must pass.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # half of pytest's own time
 
 import pytest
 import torch.distributed.checkpoint
@@ -416,24 +417,24 @@ def copy_of_the_tree(directory):
     return directory
 
 
-def forked(copy, tests, log):
+def forked(copy, tests, log, mutated):
     """Starts pytest on tests of a copy of the tree. Returns: the process id."""
     if pid := os.fork():
         return pid
     os.setsid()  # what the tests start ends with them
-    for number in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(written, 1), os.dup2(written, 2)
     os.chdir(copy)
     sys.path[:] = [str(copy), *(p for p in sys.path if Path(p).resolve() != ROOT)]
-    sys.dont_write_bytecode = True  # two mutants of one size and second would share it
+    sys.dont_write_bytecode = mutated
     code = pytest.main(["-x", "-q", "--tb=short", "-p", "no:cacheprovider", *tests])
     sys.stdout.flush()
     os._exit(code)
 
 
-def exit_codes(jobs, copies, label):
+def exit_codes(jobs, copies, directory, label):
     """Yields (job, pytest's exit code or None if it did not end, log) of each job, as they end.
-    Args: jobs, (file, old, new, tests), file None for the tree as it is."""
+    Args: jobs, (file, old, new, tests), file "" for the tree as it is; directory, for the logs."""
     waiting, running, free = list(jobs), {}, list(copies)
     bar = tqdm(total=len(waiting), desc=label, unit="mutant", leave=False)
     while waiting or running:
@@ -441,21 +442,23 @@ def exit_codes(jobs, copies, label):
             job, copy = waiting.pop(0), free.pop()
             file, old, new, tests = job
             if file:
-                text = (ROOT / file).read_text()
-                (copy / file).write_text(text.replace(old, new))
-            log = copy.with_suffix(".log")
-            log.write_text("")
-            pid = forked(copy, [f"tests/{test}" for test in tests.split()], log)
-            running[pid] = job, copy, log, time.monotonic() + LIMIT
-        for pid, (job, copy, log, until) in list(running.items()):
+                before = (copy / file).stat()
+                (copy / file).write_text((ROOT / file).read_text().replace(old, new))
+                os.utime(copy / file, (1, 1))  # another time than that of the bytecode
+            log = directory / f"{len(waiting)}.log"
+            pid = forked(copy, [f"tests/{test}" for test in tests.split()], log, bool(file))
+            undo = (copy / file, (before.st_atime, before.st_mtime)) if file else None
+            running[pid] = job, copy, log, time.monotonic() + LIMIT, undo
+        for pid, (job, copy, log, until, undo) in list(running.items()):
             late = time.monotonic() > until
             if late:
                 os.killpg(pid, signal.SIGKILL)
             ended, status = os.waitpid(pid, 0 if late else os.WNOHANG)
             if ended:
                 del running[pid]
-                if job[0]:
-                    shutil.copyfile(ROOT / job[0], copy / job[0])
+                if undo:
+                    shutil.copyfile(ROOT / job[0], undo[0])
+                    os.utime(*undo)
                 free.append(copy)
                 bar.update()
                 yield job, None if late else os.waitstatus_to_exitcode(status), log.read_text()
@@ -471,6 +474,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=cores, help="mutants side by side")
     parser.add_argument("--verbose", action="store_true", help="say what noticed each mutant")
     asked = parser.parse_args()
+    jobs = max(1, asked.jobs)
     mutants = QUICK + ([] if asked.quick else SLOW)
     mutants = [mutant for mutant in mutants if any(asked.only in text for text in mutant)]
 
@@ -482,20 +486,22 @@ def main():
     tqdm.monitor_interval = 0  # no thread: this process forks
     broken, survived, started = [], [], time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
-        copies = [copy_of_the_tree(Path(directory) / str(i)) for i in range(max(1, asked.jobs))]
-        # What notices a mutant must pass without it.
+        directory = Path(directory)
+        whole = copy_of_the_tree(directory / "whole")
+        # What notices a mutant must pass without it. This writes the bytecode of all copies.
         by_file = {}
         for *_, tests in mutants:
             for test in tests.split():
                 by_file.setdefault(test.partition("::")[0], {})[test] = None
-        whole = [(None, "", "", " ".join(tests)) for tests in by_file.values()]
-        for (*_, tests), code, log in exit_codes(whole, copies, "as it is"):
+        as_it_is = [("", "", "", " ".join(tests)) for tests in by_file.values()]
+        for (*_, tests), code, log in exit_codes(as_it_is, [whole] * jobs, directory, "as it is"):
             if code:
                 print(f"{log}\nthe tests fail without any mutant: {tests}")
                 broken.append(tests)
         if broken:
             return 2
-        for mutant, code, log in exit_codes(mutants, copies, "mutants"):
+        copies = [Path(shutil.copytree(whole, directory / f"copy {i}")) for i in range(jobs)]
+        for mutant, code, log in exit_codes(mutants, copies, directory, "mutants"):
             file, old, new, tests = mutant
             said = f"{file}: {old!r} → {new!r} ({tests})"
             if code == 0:

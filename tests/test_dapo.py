@@ -42,6 +42,10 @@ def test_overlong_punishment_at_its_corners():
     assert punished_B.tolist() == pytest.approx([0, 0, 0, -0.05, -0.5, -1, -1, -1])
     punished_B = dapo.overlong_punishment(torch.tensor([0, 50, 100]), 100, 100)
     assert punished_B.tolist() == pytest.approx([0, -0.5, -1])
+    assert dapo.overlong_punishment(torch.tensor([99, 100]), 100, 1).tolist() == [0, -1]
+    for cache in (0, 101):
+        with pytest.raises(AssertionError, match="^the cache is a part of the longest answer$"):
+            dapo.overlong_punishment(length_B, 100, cache)
 
 
 @pytest.fixture

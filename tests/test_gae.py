@@ -173,3 +173,8 @@ def test_explained_variance_by_hand():
 def test_whitening_by_hand():
     adv_BT = whiten(table([1, 2, 3], [9, 9, 9]), mask(3, 0))
     torch.testing.assert_close(adv_BT, table([-1, 0, 1], [0, 0, 0]))
+    # two tokens: mean 2, std √2; one has no std, and stays
+    adv_BT = whiten(table([1, 9], [3, 9]), mask(1, 1).new_tensor([[1, 0], [1, 0]]))
+    torch.testing.assert_close(adv_BT, table([-(0.5**0.5), 0], [0.5**0.5, 0]))
+    assert whiten(table([5, math.nan]), table([1, 0])).tolist() == [[5, 0]]
+    assert whiten(table([2, 2, 2]), mask(3)).tolist() == [[0, 0, 0]]

@@ -138,7 +138,8 @@ def test_the_numbers_of_a_rollout_by_hand():
 
 
 def test_texts_are_the_responses_alone(tokenizer):
-    ids = tokenizer("a3:b2c1")["input_ids"] + [tokenizer.eos_token_id, 0]
+    ids = tokenizer("a3:b2c1")["input_ids"] + [tokenizer.eos_token_id]
+    ids += tokenizer("zzz")["input_ids"]  # beyond its end
     rows = {"token_BL": torch.tensor([ids]), "prompt_length_B": torch.tensor([3]),
             "length_B": torch.tensor([5])}  # fmt: skip
     assert table.texts(rows, tokenizer) == ["b2c1"]
