@@ -9,6 +9,7 @@ from losses import (
     importance_weight,
     nll_loss,
     policy_loss,
+    ratio,
     ratio_metrics,
     token_weights,
     value_loss,
@@ -112,6 +113,12 @@ def test_nonsense_on_padding_stays_finite_and_weightless():
     ).sum()
     loss.backward()
     assert loss.item() == -1 and logp_BT.grad.tolist() == [[-0.5, 0], [-0.5, 0]]
+
+
+def test_the_ratio_is_never_further_from_one_than_e_to_the_twenty():
+    logp_BT = torch.tensor([[-1e6, -1.0, 0.0, 1.0, 1e6]])
+    log_BT = ratio(logp_BT, torch.zeros(1, 5)).log()
+    torch.testing.assert_close(log_BT, torch.tensor([[-20.0, -1.0, 0.0, 1.0, 20.0]]))
 
 
 def test_value_loss_by_hand():

@@ -109,6 +109,20 @@ def test_what_is_cut_out_of_rows_and_put_together_again():
     assert moved_BL.tolist() == [[9, 8, 0, 0], [7, 6, 5, 0]]
 
 
+def test_micro_batches_by_hand():
+    # Lengths 5, 2, 5, 10, 6: two rows of 5 with padding are 10, with a third 15; 5 and 6 are 12.
+    rows = {"prompt_length_B": torch.tensor([3, 1, 2, 1, 5]),
+            "length_B": torch.tensor([2, 1, 3, 9, 1])}  # fmt: skip
+    for tokens, expected in (
+        (12, [[1, 0], [2, 4], [3]]),
+        (11, [[1, 0], [2], [4], [3]]),
+        (50, [[1, 0, 2, 4, 3]]),
+        (1, [[1], [0], [2], [4], [3]]),
+    ):
+        parts = [index_N.tolist() for index_N in table.micro_batches(rows, tokens)]
+        assert parts == expected
+
+
 def test_the_numbers_of_a_rollout_by_hand():
     """An answer of one token, which is right, and one of three. Both end by themselves."""
     rows = {
