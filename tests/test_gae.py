@@ -178,3 +178,24 @@ def test_whitening_by_hand():
     torch.testing.assert_close(adv_BT, table([-(0.5**0.5), 0], [0.5**0.5, 0]))
     assert whiten(table([5, math.nan]), table([1, 0])).tolist() == [[5, 0]]
     assert whiten(table([2, 2, 2]), mask(3)).tolist() == [[0, 0, 0]]
+
+
+def test_gamma_discounts_advantages_and_targets():
+    # δ = (½ · ½ − ½, 1 − ½) = (−¼, ½); Â₀ = −¼ + ½ λ ½, target₀ = V₀ + Â₀
+    reward_BT, value_BT = table([0, 1]), table([0.5, 0.5])
+    adv_BT, target_BT = decoupled_gae(reward_BT, value_BT, mask(2), 0.0, 1.0, gamma=0.5)
+    assert adv_BT.tolist() == [[-0.25, 0.5]] and target_BT.tolist() == [[0.5, 1]]
+    adv_BT, target_BT = decoupled_gae(reward_BT, value_BT, mask(2), 1.0, 0.0, gamma=0.5)
+    assert adv_BT.tolist() == [[0, 0.5]] and target_BT.tolist() == [[0.25, 1]]
+
+
+def test_answers_of_one_token_and_of_none_have_the_lambda_of_one():
+    lam_B = length_adaptive_lambda(torch.tensor([0, 1, 2]), 1.5)
+    torch.testing.assert_close(lam_B, torch.tensor([1 / 3, 1 / 3, 2 / 3]))
+
+
+def test_what_cannot_be_is_said():
+    with pytest.raises(AssertionError, match="^a row is longer than the table$"):
+        terminal_reward(torch.ones(1), torch.tensor([3]), 2)
+    with pytest.raises(AssertionError, match="^alpha must be positive$"):
+        length_adaptive_lambda(torch.tensor([3]), 0.0)

@@ -168,3 +168,10 @@ def test_what_the_clip_removes_is_counted_at_its_own_side():
     assert metrics["clip_high"] == 0 and metrics["clip_low"] == 1
     metrics = ratio_metrics(logp_BT, torch.zeros(1, 2), adv_BT, mask(2), 0.28, 0.2)
     assert metrics["clip_high"] == 1 and metrics["clip_low"] == 0
+
+
+def test_a_value_is_held_from_above_and_from_below():
+    # V_old = 0.5, V = 0.9 and 0.1, held at 0.7 and 0.3; the target is beyond: the held loss counts
+    value_BT, old_BT = torch.tensor([[0.9, 0.1]]), torch.tensor([[0.5, 0.5]])
+    loss_BT = value_loss(value_BT, torch.tensor([[1.0, 0.0]]), old_BT, 0.2)
+    torch.testing.assert_close(loss_BT, torch.full((1, 2), 0.5 * 0.3**2))
