@@ -153,9 +153,11 @@ def test_padding_never_matters(nonsense):
 
 
 def test_a_mask_with_a_hole_and_shapes_that_differ_are_refused():
-    with pytest.raises(AssertionError, match="ones followed by zeros"):
+    with pytest.raises(AssertionError, match="^mask must be ones followed by zeros in every row$"):
         gae(table([0, 0, 1]), table([0, 0, 0]), table([1, 0, 1]), 1.0)
-    with pytest.raises(AssertionError, match="one shape"):
+    with pytest.raises(
+        AssertionError, match=r"^reward, value and mask must have one shape \[B, T\]$"
+    ):
         gae(table([0, 0, 1]), table([0, 0]), mask(3), 1.0)
 
 
@@ -199,3 +201,17 @@ def test_what_cannot_be_is_said():
         terminal_reward(torch.ones(1), torch.tensor([3]), 2)
     with pytest.raises(AssertionError, match="^alpha must be positive$"):
         length_adaptive_lambda(torch.tensor([3]), 0.0)
+
+
+@pytest.mark.parametrize("given, dtype", [
+    (torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)
+])  # fmt: skip
+def test_advantages_are_computed_in_float32_at_least(given, dtype):
+    # 1 − 1/256 is no bfloat16, 1/3 is not one of both
+    adv_BT = gae(table([0, 1]).to(given), table([1, 1 / 256]).to(given), mask(2), 1 / 3)
+    last = 1 - 1 / 256
+    expected = torch.tensor([[1 / 256 - 1 + last / 3, last]], dtype=dtype)
+    assert adv_BT.dtype == dtype
+    torch.testing.assert_close(
+        adv_BT, expected, rtol=0, atol=1e-7 if dtype.itemsize == 4 else 1e-15
+    )

@@ -88,6 +88,7 @@ def test_weights_sum_to_one_and_empty_rows_count_for_nothing(how):
     assert weight_BT.sum().item() == pytest.approx(1)
     torch.testing.assert_close(weight_BT[[0, 2]], token_weights(mask(5, 2), how))
     assert token_weights(torch.zeros(2, 3), how).sum() == 0
+    assert token_weights(mask(2), how).tolist() == [[1 / 2, 1 / 2]]
 
 
 def test_nll_without_a_correct_answer_is_zero_and_not_nan():

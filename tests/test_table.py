@@ -99,6 +99,9 @@ def test_what_is_cut_out_of_rows_and_put_together_again():
     assert table.response_mask(rows).tolist() == [[1, 1, 1], [1, 1, 0]]
     assert table.response_tokens(rows).tolist()[0] == [3, 4, 5]
     assert table.response_tokens(rows).tolist()[1][:2] == [7, 8]  # then padding
+    # a long prompt with a short answer: its padding would lie beyond the table
+    wide = rows | {"prompt_length_B": torch.tensor([1, 4]), "length_B": torch.tensor([4, 1])}
+    assert table.response_tokens(wide)[:, 0].tolist() == [2, 0]
     short, long = (table.take(rows, torch.tensor([i])) for i in (1, 0))
     assert short["token_BL"].tolist() == [[6, 7, 8]] and short["adv_BT"].tolist() == [[4, 5]]
     together = table.concatenate([short, long])
