@@ -160,7 +160,7 @@ class Slots(Cache):
 
     @property
     def is_compileable(self):
-        """On a GPU: so transformers does not look, at every token, whether it can do without mask."""
+        """On a GPU: then transformers does not look, at every token, whether a mask is needed."""
         return self.start_R.is_cuda
 
     def move_to(self, now):

@@ -42,6 +42,10 @@ def test_overlong_punishment_at_its_corners():
     assert punished_B.tolist() == pytest.approx([0, 0, 0, -0.05, -0.5, -1, -1, -1])
     punished_B = dapo.overlong_punishment(torch.tensor([0, 50, 100]), 100, 100)
     assert punished_B.tolist() == pytest.approx([0, -0.5, -1])
+    assert dapo.overlong_punishment(torch.tensor([99, 100]), 100, 1).tolist() == [0, -1]
+    for cache in (0, 101):
+        with pytest.raises(AssertionError, match="^the cache is a part of the longest answer$"):
+            dapo.overlong_punishment(length_B, 100, cache)
 
 
 def test_a_right_answer_at_the_limit_is_worth_more_than_a_short_wrong_one():
@@ -66,6 +70,7 @@ def collect(monkeypatch):
             length_B = torch.arange(1, len(verdicts) + 1)
             return {
                 "correct_B": correct_B, "length_B": length_B,
+                "reward_B": length_B % 2 + correct_B.float(),  # of no use: it is shaped
                 "prompt_length_B": torch.ones_like(length_B),
                 "token_BL": torch.ones(len(verdicts), len(verdicts) + 1).long(),
             }  # fmt: skip
@@ -84,6 +89,21 @@ def test_collect_draws_until_the_batch_is_full_of_mixed_groups_and_counts_all_it
     assert rows["correct_B"].int().tolist() == [1, 0, 0, 1, 1, 0]
     assert rows["length_B"].tolist() == [3, 4, 1, 2, 5, 6]
     assert drawn == {"accuracy": pytest.approx((3 + 2 + 4) / 18), "generations": 3, "answers": 18}
+
+
+def test_the_punishment_is_by_the_limit_and_beside_the_verdict(monkeypatch):
+    # L_max = 100, though no answer is that long; L_cache = 0.2 · 100
+    length_B, correct_B = torch.tensor([80, 85, 90, 95]), torch.tensor([1, 0, 1, 0]).bool()
+    rows = {"length_B": length_B, "correct_B": correct_B, "reward_B": correct_B.float()}
+    monkeypatch.setattr(rollout, "judged", lambda *_: {n: c.clone() for n, c in rows.items()})
+    how = {"prompts": 1, "samples": 4, "response_length": 100}
+    for overlong, rewards in ((0.2, [1, -0.25, 0.5, -0.75]), (0.0, [1, 0, 1, 0])):
+        settings = train_vapo.Settings(overlong=overlong, **how)
+        given = rollout.judged_batch(
+            None, None, [None], None, settings, {"order": None, "sample": None}, {"queue": [0]}
+        )
+        assert given["reward_B"].tolist() == pytest.approx(rewards)
+        assert torch.equal(given["correct_B"], correct_B)
 
 
 def test_collect_takes_no_more_groups_than_it_needs(collect):

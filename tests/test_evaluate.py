@@ -1,14 +1,16 @@
 """evaluate.py: pass@k and majority votes by hand, top-p, and the script from end to end."""
 
+import inspect
 import itertools
 import json
 
 import pytest
 import torch
-from test_vapo import vapo_run
+from test_vapo import FAST, vapo_run
 
 import evaluate
 import rollout
+import table
 from system import slots
 
 
@@ -41,6 +43,22 @@ def test_pass_at_k_is_the_share_of_draws_without_replacement():
 ])  # fmt: skip
 def test_the_majority_is_of_meanings_not_of_texts(answers, chosen):
     assert evaluate.majority(answers) == chosen
+
+
+def test_how_each_problem_went_by_hand(monkeypatch):
+    """Two problems with three answers each. Two answers to the second are cut: they do not vote."""
+    texts = ["#### 7", "#### 5", "it is #### 5.0", "none", "#### 1", "#### 1"]
+    monkeypatch.setattr(table, "texts", lambda *_: texts)
+    rows = {"stop_B": torch.tensor([1, 1, 1, 1, 0, 0]).bool(),
+            "correct_B": torch.tensor([0, 1, 1, 0, 0, 0]).bool(),
+            "length_B": torch.tensor([1, 2, 3, 4, 5, 9])}  # fmt: skip
+    problems = [{"problem": "2 + 3?", "answer": "5"}, {"problem": "0 + 1?", "answer": "1"}]
+    first, second = evaluate.problem_results(rows, None, problems, 3)
+    assert first["stated"] == ["7", "5", "5.0"] and second["stated"] == [None, None, None]
+    assert (first["correct"], first["majority"], first["majority_correct"]) == (2, "5", True)
+    assert (second["correct"], second["majority"], second["majority_correct"]) == (0, None, False)
+    assert (first["length"], first["truncated"]) == (2, 0)
+    assert (second["length"], second["truncated"]) == (6, pytest.approx(2 / 3))
 
 
 def test_top_p_cuts_the_tail_and_keeps_at_least_one():
@@ -79,17 +97,20 @@ def test_evaluation_trains_nothing_and_says_how_each_problem_went(world, tmp_pat
     assert numbers["test_majority"] == pytest.approx(said["majority"])
 
 
-def test_the_temperature_of_evaluations_is_their_own(world, tmp_path, monkeypatch):
-    """In a run it is 1, whatever is trained at; the script's is its flag."""
+def test_temperature_and_top_p_of_evaluations_are_their_own(world, tmp_path, monkeypatch):
+    """In a run T is 1, whatever is trained at, and top-p --eval_top_p, which training has not; the
+    script's are its flags. The greedy answer has neither."""
     args = [f"@{world}/evaluate.args", "--samples=4", "--device=cpu", "--temperature=0.01"]
     cold = evaluate.main([*args, f"--out={tmp_path / 'cold'}"])
     assert cold["accuracy"] == pytest.approx(cold["greedy_accuracy"])
     asked, sample = [], rollout.sample
 
-    def spy(*arguments, temperature, **options):
-        asked.append(temperature)
-        return sample(*arguments, temperature=temperature, **options)
+    def spy(*arguments, **options):
+        given = inspect.signature(sample).bind(*arguments, **options).arguments
+        asked.append((given["temperature"], given.get("top_p", 1.0)))
+        return sample(*arguments, **options)
 
     monkeypatch.setattr(rollout, "sample", spy)
-    vapo_run(world, tmp_path / "run", "--steps=0", "--no_value_pretraining", "--temperature=5")
-    assert asked == [1.0, 0.0]
+    vapo_run(world, tmp_path / "run", *FAST, "--temperature=5", "--eval_top_p=0.7")
+    evaluation = [(1.0, 0.7), (0.0, 1.0)]
+    assert asked == [*evaluation, (5.0, 1.0), *evaluation]

@@ -153,9 +153,11 @@ def test_padding_never_matters(nonsense):
 
 
 def test_a_mask_with_a_hole_and_shapes_that_differ_are_refused():
-    with pytest.raises(AssertionError, match="ones followed by zeros"):
+    with pytest.raises(AssertionError, match="^mask must be ones followed by zeros in every row$"):
         gae(table([0, 0, 1]), table([0, 0, 0]), table([1, 0, 1]), 1.0)
-    with pytest.raises(AssertionError, match="one shape"):
+    with pytest.raises(
+        AssertionError, match=r"^reward, value and mask must have one shape \[B, T\]$"
+    ):
         gae(table([0, 0, 1]), table([0, 0]), mask(3), 1.0)
 
 
@@ -173,3 +175,43 @@ def test_explained_variance_by_hand():
 def test_whitening_by_hand():
     adv_BT = whiten(table([1, 2, 3], [9, 9, 9]), mask(3, 0))
     torch.testing.assert_close(adv_BT, table([-1, 0, 1], [0, 0, 0]))
+    # two tokens: mean 2, std √2; one has no std, and stays
+    adv_BT = whiten(table([1, 9], [3, 9]), mask(1, 1).new_tensor([[1, 0], [1, 0]]))
+    torch.testing.assert_close(adv_BT, table([-(0.5**0.5), 0], [0.5**0.5, 0]))
+    assert whiten(table([5, math.nan]), table([1, 0])).tolist() == [[5, 0]]
+    assert whiten(table([2, 2, 2]), mask(3)).tolist() == [[0, 0, 0]]
+
+
+def test_gamma_discounts_advantages_and_targets():
+    # δ = (½ · ½ − ½, 1 − ½) = (−¼, ½); Â₀ = −¼ + ½ λ ½, target₀ = V₀ + Â₀
+    reward_BT, value_BT = table([0, 1]), table([0.5, 0.5])
+    adv_BT, target_BT = decoupled_gae(reward_BT, value_BT, mask(2), 0.0, 1.0, gamma=0.5)
+    assert adv_BT.tolist() == [[-0.25, 0.5]] and target_BT.tolist() == [[0.5, 1]]
+    adv_BT, target_BT = decoupled_gae(reward_BT, value_BT, mask(2), 1.0, 0.0, gamma=0.5)
+    assert adv_BT.tolist() == [[0, 0.5]] and target_BT.tolist() == [[0.25, 1]]
+
+
+def test_answers_of_one_token_and_of_none_have_the_lambda_of_one():
+    lam_B = length_adaptive_lambda(torch.tensor([0, 1, 2]), 1.5)
+    torch.testing.assert_close(lam_B, torch.tensor([1 / 3, 1 / 3, 2 / 3]))
+
+
+def test_what_cannot_be_is_said():
+    with pytest.raises(AssertionError, match="^a row is longer than the table$"):
+        terminal_reward(torch.ones(1), torch.tensor([3]), 2)
+    with pytest.raises(AssertionError, match="^alpha must be positive$"):
+        length_adaptive_lambda(torch.tensor([3]), 0.0)
+
+
+@pytest.mark.parametrize("given, dtype", [
+    (torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)
+])  # fmt: skip
+def test_advantages_are_computed_in_float32_at_least(given, dtype):
+    # 1 − 1/256 is no bfloat16, 1/3 is not one of both
+    adv_BT = gae(table([0, 1]).to(given), table([1, 1 / 256]).to(given), mask(2), 1 / 3)
+    last = 1 - 1 / 256
+    expected = torch.tensor([[1 / 256 - 1 + last / 3, last]], dtype=dtype)
+    assert adv_BT.dtype == dtype
+    torch.testing.assert_close(
+        adv_BT, expected, rtol=0, atol=1e-7 if dtype.itemsize == 4 else 1e-15
+    )

@@ -1,5 +1,6 @@
 """logprobs.py: equal to log_softmax and its gradient, whatever the chunks, compiled or not."""
 
+import math
 from collections import Counter
 
 import pytest
@@ -8,6 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import logprobs
 from lab.dryrun import Live
 from logprobs import add_slice, logits, slice_gradient, slice_on_gpu, token_logprobs
 from losses import policy_loss, value_loss
@@ -28,7 +30,7 @@ def plain(hidden_BTD, weight_VD, token_BT, bias_V, temperature, scale, softcap):
 )  # the third keeps two slices of three
 @pytest.mark.parametrize(
     "bias, temperature, scale, softcap",
-    [(False, 1.0, 1.0, None), (True, 0.7, 0.25, None), (False, 1.3, 2.0, 5.0)],
+    [(False, 1.0, 1.0, None), (True, 0.7, 0.25, None), (False, 2.0, 2.0, 5.0)],
 )
 def test_log_probs_entropy_and_gradients_equal_the_plain_ones(
     device, words, keep, bias, temperature, scale, softcap
@@ -54,6 +56,87 @@ def test_log_probs_entropy_and_gradients_equal_the_plain_ones(
         results.append([x.float() for x in (logp_BT, entropy_BT, *gradients, *of_logp)])
     for expected, ours in zip(*results):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_the_entropy_alone_and_of_a_policy_that_is_fixed():
+    torch.manual_seed(0)
+    hidden_BTD, weight_VD = torch.randn(2, 3, 8, requires_grad=True), torch.randn(11, 8)
+    token_BT, how = torch.randint(0, 11, (2, 3)), (None, 1.0, 1.0, None)
+    expected_BTD, ours_BTD = (
+        torch.autograd.grad(function(hidden_BTD, weight_VD, token_BT, *rest)[1].sum(), hidden_BTD)[
+            0
+        ]
+        for function, rest in ((plain, how), (token_logprobs, ()))
+    )
+    torch.testing.assert_close(ours_BTD, expected_BTD, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_with_very_large_and_very_small_logits_stand_side_by_side():
+    # z = (200, 199) and (−200, −199): e^200 and e^−400 are no float32
+    hidden_BTD = torch.tensor([[[200.0, -1], [-200, 1]]])
+    weight_VD = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    logp_BT, entropy_BT = token_logprobs(hidden_BTD, weight_VD, torch.tensor([[0, 0]]))
+    likely, unlikely = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(1))
+    expected = torch.tensor([[likely, unlikely]])
+    torch.testing.assert_close(logp_BT.exp(), expected, rtol=1e-4, atol=0)
+    entropy = -likely * math.log(likely) - unlikely * math.log(unlikely)
+    torch.testing.assert_close(entropy_BT, torch.full((1, 2), entropy), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_under_autocast_the_product_is_in_bfloat16_and_the_rest_in_float32(bias):
+    torch.manual_seed(0)
+    leaves = [torch.randn(2, 3, 64), torch.randn(11, 64) / 8] + [torch.randn(11)] * bias
+    token_BT = torch.randint(0, 11, (2, 3))
+    rounded = [leaf.bfloat16() for leaf in leaves]
+    product_BTV = torch.nn.functional.linear(*rounded[:2]).float()
+    logp_BTV = (product_BTV + (leaves[2] if bias else 0)).log_softmax(-1)
+    expected_BT = logp_BTV.gather(2, token_BT[..., None])[..., 0]
+    for kind in (torch.float32, torch.bfloat16):  # of the hidden states
+        own = [leaves[0].to(kind).requires_grad_(), *(w.requires_grad_() for w in leaves[1:])]
+        with torch.autocast("cpu", torch.bfloat16):
+            logp_BT, _ = token_logprobs(own[0], own[1], token_BT, *own[2:], words=4, keep=0)
+        assert logp_BT.dtype == torch.float32
+        torch.testing.assert_close(logp_BT, expected_BT, rtol=0, atol=1e-5)
+        reference = [leaf.detach().to(kind).float().requires_grad_() for leaf in leaves]
+        plain_BT, _ = plain(*reference[:2], token_BT, *(reference[2:] or [None]), 1.0, 1.0, None)
+        ours_and_plain = (
+            torch.autograd.grad(log_probs_BT.sum(), of)
+            for log_probs_BT, of in ((logp_BT, own), (plain_BT, reference))
+        )
+        for ours, expected in zip(*ours_and_plain):
+            torch.testing.assert_close(ours.float(), expected, rtol=0, atol=0.03)
+
+
+# 15 tokens and 11 words, and the calls of `logits`: forward, and backward for what was not kept.
+@pytest.mark.parametrize("options, limits, calls", [
+    ({"words": 4, "keep": 0}, {}, 3 + 3),
+    ({"words": 4, "keep": 2 * 4 * 15 - 1}, {}, 3 + 2),  # a number too few to keep two
+    ({"words": 4, "keep": 2 * 4 * 15}, {}, 3 + 1),
+    ({"words": 4, "keep": 3 * 4 * 15}, {}, 3 + 0),
+    ({"words": 4}, {"KEEP": 0}, 3 + 2),  # 11 · 8 numbers, as the matrix has: one slice
+    ({"words": 4}, {"KEEP": 2 * 4 * 15}, 3 + 1),
+    ({"keep": 0}, {"SLICE": 4 * 15 + 14}, 3 + 3),  # four words a slice
+    ({"keep": 0}, {"SLICE": 1}, 11 + 11),  # one at least
+    ({"keep": 0}, {}, 1 + 1),
+])  # fmt: skip
+def test_slices_are_as_large_as_allowed_and_the_first_are_kept(monkeypatch, options, limits, calls):
+    made, logits = [], logprobs.logits
+    monkeypatch.setattr(logprobs, "logits", lambda *x: made.append(1) or logits(*x))
+    for name, value in limits.items():
+        monkeypatch.setattr(logprobs, name, value)
+    leaves = torch.randn(3, 5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    logp_BT, _ = token_logprobs(*leaves, torch.zeros(3, 5, dtype=torch.long), **options)
+    logp_BT.sum().backward()
+    assert len(made) == calls
+
+
+def test_a_single_token_may_have_a_whole_slice(monkeypatch):
+    made, logits = [], logprobs.logits
+    monkeypatch.setattr(logprobs, "logits", lambda *x: made.append(1) or logits(*x))
+    monkeypatch.setattr(logprobs, "SLICE", 11)
+    token_logprobs(torch.randn(1, 1, 8), torch.randn(11, 8), torch.zeros(1, 1).long())
+    assert len(made) == 1
 
 
 def test_compiled_kernels_equal_eager_ones(device):

@@ -9,6 +9,7 @@ from losses import (
     importance_weight,
     nll_loss,
     policy_loss,
+    ratio,
     ratio_metrics,
     token_weights,
     value_loss,
@@ -87,6 +88,7 @@ def test_weights_sum_to_one_and_empty_rows_count_for_nothing(how):
     assert weight_BT.sum().item() == pytest.approx(1)
     torch.testing.assert_close(weight_BT[[0, 2]], token_weights(mask(5, 2), how))
     assert token_weights(torch.zeros(2, 3), how).sum() == 0
+    assert token_weights(mask(2), how).tolist() == [[1 / 2, 1 / 2]]
 
 
 def test_nll_without_a_correct_answer_is_zero_and_not_nan():
@@ -112,6 +114,12 @@ def test_nonsense_on_padding_stays_finite_and_weightless():
     ).sum()
     loss.backward()
     assert loss.item() == -1 and logp_BT.grad.tolist() == [[-0.5, 0], [-0.5, 0]]
+
+
+def test_the_ratio_is_never_further_from_one_than_e_to_the_twenty():
+    logp_BT = torch.tensor([[-1e6, -1.0, 0.0, 1.0, 1e6]])
+    log_BT = ratio(logp_BT, torch.zeros(1, 5)).log()
+    torch.testing.assert_close(log_BT, torch.tensor([[-20.0, -1.0, 0.0, 1.0, 20.0]]))
 
 
 def test_value_loss_by_hand():
@@ -152,3 +160,19 @@ def test_ratio_metrics_by_hand():
     )
     k3 = 2 * (0.5 - math.log(1.5)) + (-0.5 - math.log(0.5))
     assert metrics["approx_kl"].item() == pytest.approx(k3, rel=1e-5)
+
+
+def test_what_the_clip_removes_is_counted_at_its_own_side():
+    # 1.25 is within 1 + ε_high and 0.75 is below 1 − ε_low: ε is 0.28 above and 0.2 below.
+    logp_BT, adv_BT = torch.tensor([[1.25, 0.75]]).log(), torch.tensor([[1.0, -1.0]])
+    metrics = ratio_metrics(logp_BT, torch.zeros(1, 2), adv_BT, mask(2), 0.2, 0.28)
+    assert metrics["clip_high"] == 0 and metrics["clip_low"] == 1
+    metrics = ratio_metrics(logp_BT, torch.zeros(1, 2), adv_BT, mask(2), 0.28, 0.2)
+    assert metrics["clip_high"] == 1 and metrics["clip_low"] == 0
+
+
+def test_a_value_is_held_from_above_and_from_below():
+    # V_old = 0.5, V = 0.9 and 0.1, held at 0.7 and 0.3; the target is beyond: the held loss counts
+    value_BT, old_BT = torch.tensor([[0.9, 0.1]]), torch.tensor([[0.5, 0.5]])
+    loss_BT = value_loss(value_BT, torch.tensor([[1.0, 0.0]]), old_BT, 0.2)
+    torch.testing.assert_close(loss_BT, torch.full((1, 2), 0.5 * 0.3**2))

@@ -17,6 +17,7 @@ from transformers import (
 import model
 import rollout
 import table
+import train_vapo
 from system import loading, slots
 
 
@@ -54,6 +55,51 @@ def test_sampler_log_probs_are_training_log_probs(
     assert torch.equal(ends_BT.sum(dim=1).bool(), rows["stop_B"]) and ends_BT.sum(dim=1).max() == 1
 
 
+@pytest.mark.parametrize("engine", ["slots", "hf"])
+def test_top_p_and_the_log_probs_of_both_engines(policy, tokenizer, problems, engine):
+    source = torch.Generator(policy.device).manual_seed(0)
+    asked = (policy, tokenizer, problems, 4, 12)
+    rows = rollout.sample(*asked, 0.6, source, top_p=1e-6, engine=engine)
+    greedy = rollout.sample(*asked, 0.0, source, engine=engine)
+    assert torch.equal(rows["token_BL"], greedy["token_BL"])  # one word is left
+    rows = rollout.sample(*asked, 0.6, source, engine=engine)
+    logp_BT, _ = model.policy_logprobs(policy, rows, 0.6)
+    torch.testing.assert_close(rows["sampled_logp_BT"], logp_BT, **near(policy))
+
+
+def test_the_temperature_by_hand():
+    # π ∝ (1, 2, 4); at T = ½ the squares: (1, 4, 16) / 21
+    logit_RV = torch.tensor([1.0, 2.0, 4.0]).log().repeat(1000, 1)
+    source = torch.Generator().manual_seed(0)
+    for temperature, weights in ((1.0, [1, 2, 4]), (0.5, [1, 4, 16]), (0.0, [0, 0, 7])):
+        token_R, logp_R = slots.draw(logit_RV, source, temperature)
+        shares = [weight / sum(weights) for weight in weights]
+        counts = torch.bincount(token_R, minlength=3).tolist()
+        assert counts == pytest.approx([1000 * share for share in shares], abs=50)
+        if temperature:
+            expected_R = torch.tensor(shares).log()[token_R]
+            torch.testing.assert_close(logp_R, expected_R)
+
+
+def test_answers_are_judged_by_the_problem_that_was_asked(tokenizer, monkeypatch):
+    ids = [tokenizer(text)["input_ids"] for text in ("####c", "####a", "####a", "####c")]
+
+    def sample(policy, tokenizer, problems, *_, **__):
+        assert [problem["answer"] for problem in problems] == ["c", "a"]
+        two_B = torch.full((4,), 2)
+        return {"token_BL": torch.tensor([[5, *answer] for answer in ids]), "length_B": two_B,
+                "prompt_length_B": two_B // 2, "stop_B": two_B > 0,
+                "problem_B": torch.tensor([0, 0, 1, 1])}  # fmt: skip
+
+    monkeypatch.setattr(rollout, "sample", sample)
+    problems = [{"answer": letter} for letter in "abc"]
+    how = (rollout.verify, 2, train_vapo.Settings(reward_wrong=-1.0), None, "")
+    rows = rollout.judged(None, tokenizer, problems, [2, 0], *how)
+    assert rows["problem_B"].tolist() == [2, 2, 0, 0]
+    assert rows["correct_B"].tolist() == [True, False, True, False]
+    assert rows["reward_B"].tolist() == [1, -1, 1, -1]
+
+
 def test_a_token_is_the_inverse_of_the_distribution_function():
     # π = (1/10, 2/10, 3/10, 4/10): the first token below u = 0.1, the second below 0.3, the third
     # below 0.6
@@ -72,6 +118,7 @@ def test_no_word_of_probability_zero_is_drawn_and_every_other_one_is():
     uniform_R = torch.linspace(0, 1, 100_000, dtype=torch.float64)
     uniform_R[-1] = 1 - 2**-53
     token_R, logp_R = slots.inverse_distribution(logit_RV.expand(len(uniform_R), -1), uniform_R)
+    assert logp_R.isfinite().all()
     share_V = torch.bincount(token_R, minlength=1000) / len(token_R)
     torch.testing.assert_close(share_V, logit_RV.softmax(-1)[0], rtol=0, atol=3e-5)
     torch.testing.assert_close(logp_R, logit_RV.log_softmax(-1)[0][token_R])
@@ -128,8 +175,8 @@ def test_greedy_answers_are_the_same_whatever_the_engine_the_slots_and_the_room_
 def test_the_host_reads_from_the_device_every_eighth_token(
     policy, tokenizer, problems, monkeypatch
 ):
-    """Four looks at what has ended (free slots, how many are alive), each before 8 tokens, and a few
-    reads at the start; 24 answers of up to 32 tokens, on a GPU as on this CPU that plays one."""
+    """Four looks at what has ended (free slots, how many are alive), each after 8 tokens, and a few
+    reads at the start; 24 answers of up to 32 tokens, on this CPU as on a GPU."""
     how = {"max_tokens": 32, "sample_rows": 24, "temperature": 0.0}
     plain, reads = draw_answers(policy, tokenizer, problems, **how), []
 

@@ -1,6 +1,7 @@
 """table.py: the columns that its docstring promises, mini-batches and micro-batches."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -78,13 +79,88 @@ def test_mini_batches_are_as_even_as_can_be_and_hold_every_row_once(size, sizes)
 def test_weights_of_a_mini_batch_sum_to_one_each_and_not_those_of_its_parts():
     length_B = torch.tensor([1, 3, 4])
     rows = {"length_B": length_B, "prompt_length_B": torch.ones_like(length_B),
-            "correct_B": torch.tensor([True, False, True])}  # fmt: skip
+            "correct_B": torch.tensor([True, False, True]),
+            "reward_B": torch.tensor([-1.0, 2.0, -1.0])}  # shaped: of no use here  # fmt: skip
     batch = with_weights(rows, SETTINGS)
     for name in ("policy_weight_BT", "nll_weight_BT", "critic_weight_BT"):
         assert batch[name].sum().item() == pytest.approx(1)
     part = table.take(batch, torch.tensor([0]))
     assert part["policy_weight_BT"].tolist() == [[1 / 8]]
     torch.testing.assert_close(part["nll_weight_BT"], torch.tensor([[1 / 5]]))
+    # Piece 4 off: the policy's tokens weigh 1 / (3 answers · length), and nothing else changes.
+    answers = with_weights(rows, replace(SETTINGS, token_level_loss=False))
+    expected = [[1 / 3, 0, 0, 0], [1 / 9] * 3 + [0], [1 / 12] * 4]
+    torch.testing.assert_close(answers["policy_weight_BT"], torch.tensor(expected))
+    for name in ("nll_weight_BT", "critic_weight_BT"):
+        assert torch.equal(answers[name], batch[name])
+
+
+def test_what_is_cut_out_of_rows_and_put_together_again():
+    rows = {"token_BL": torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]]),
+            "prompt_length_B": torch.tensor([2, 1]), "length_B": torch.tensor([3, 2]),
+            "adv_BT": torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 0.0]])}  # fmt: skip
+    assert table.response_mask(rows).tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert table.response_tokens(rows).tolist()[0] == [3, 4, 5]
+    assert table.response_tokens(rows).tolist()[1][:2] == [7, 8]  # then padding
+    # a long prompt with a short answer: its padding would lie beyond the table
+    wide = rows | {"prompt_length_B": torch.tensor([1, 4]), "length_B": torch.tensor([4, 1])}
+    assert table.response_tokens(wide)[:, 0].tolist() == [2, 0]
+    short, long = (table.take(rows, torch.tensor([i])) for i in (1, 0))
+    assert short["token_BL"].tolist() == [[6, 7, 8]] and short["adv_BT"].tolist() == [[4, 5]]
+    together = table.concatenate([short, long])
+    assert together["token_BL"].tolist() == [[6, 7, 8, 0, 0], [1, 2, 3, 4, 5]]
+    assert together["adv_BT"].tolist() == [[4, 5, 0], [1, 2, 3]]
+    assert together["length_B"].tolist() == [2, 3]
+
+
+def test_micro_batches_by_hand():
+    # Lengths 5, 2, 5, 10, 6: two rows of 5 with padding are 10, with a third 15; 5 and 6 are 12.
+    rows = {"prompt_length_B": torch.tensor([3, 1, 2, 1, 5]),
+            "length_B": torch.tensor([2, 1, 3, 9, 1])}  # fmt: skip
+    for tokens, expected in (
+        (12, [[1, 0], [2, 4], [3]]),
+        (11, [[1, 0], [2], [4], [3]]),
+        (50, [[1, 0, 2, 4, 3]]),
+        (1, [[1], [0], [2], [4], [3]]),
+    ):
+        parts = [index_N.tolist() for index_N in table.micro_batches(rows, tokens)]
+        assert parts == expected
+
+
+def test_the_numbers_of_a_rollout_by_hand():
+    """An answer of one token, which is right, and one of three. Both end by themselves."""
+    rows = {
+        "length_B": torch.tensor([1, 3]), "stop_B": torch.tensor([True, True]),
+        "reward_B": torch.tensor([1.0, 0.0]), "lam_B": torch.tensor([0.25, 0.75]),
+        "entropy_BT": torch.tensor([[4.0, 0, 0], [1, 1, 2]]),
+        "sampled_logp_BT": torch.tensor([[-1.0, 0, 0], [-1, -1, -1]]),
+        "old_logp_BT": torch.tensor([[-3.0, 0, 0], [-1, 0, -2]]),
+        "importance_BT": torch.tensor([[2.0, 0, 0], [1, 1, 0.5]]),
+        "adv_BT": torch.tensor([[1.0, 0, 0], [1, -2, -4]]),
+        "old_value_BT": torch.tensor([[0.5, 0, 0], [0.25, 0.5, 0.75]]),
+    }  # fmt: skip
+    expected = {
+        "reward": 1 / 2, "length": 2, "length_max": 3, "truncated": 0, "entropy": 8 / 4,
+        "sampler_gap": (2 + 0 + 1 + 1) / 4, "importance": 4.5 / 4, "advantage": -4 / 4,
+        "value_first": 0.75 / 2, "value_last": 1.25 / 2, "lambda_min": 0.25, "lambda": 0.5,
+        "lambda_max": 0.75,
+        # R = 1, 0, 0, 0 has the variance 3/16; R − V = ½, −¼, −½, −¾ the mean −¼, and the variance
+        # (9/16 + 0 + 1/16 + 4/16) / 4 = 7/32
+        "explained_variance": 1 - (7 / 32) / (3 / 16),
+    }  # fmt: skip
+    numbers = {name: number.item() for name, number in table.rollout_metrics(rows).items()}
+    assert numbers == pytest.approx(expected)
+    without = {name: rows[name] for name in rows if name not in ("old_value_BT", "lam_B")}
+    names = set(expected) - {"explained_variance", "value_first", "value_last"}
+    assert table.rollout_metrics(without).keys() == {n for n in names if "lambda" not in n}
+
+
+def test_texts_are_the_responses_alone(tokenizer):
+    ids = tokenizer("a3:b2c1")["input_ids"] + [tokenizer.eos_token_id]
+    ids += tokenizer("zzz")["input_ids"]  # beyond its end
+    rows = {"token_BL": torch.tensor([ids]), "prompt_length_B": torch.tensor([3]),
+            "length_B": torch.tensor([5])}  # fmt: skip
+    assert table.texts(rows, tokenizer) == ["b2c1"]
 
 
 def test_a_rollout_of_long_answers_is_in_memory_twice_at_most():

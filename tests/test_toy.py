@@ -1,7 +1,10 @@
 """toy.py: the map, the tokenizer, the demonstrations, the problems."""
 
 import json
+import math
 import random
+
+import pytest
 
 import toy
 from system import files, loading
@@ -35,6 +38,23 @@ def test_demonstrations_without_slips_are_right_and_with_them_sometimes(tokenize
     right = sum(text.endswith(toy.ANSWER + toy.apply_map(step, "a", 8)) for text in texts)
     # 0.7 work, each of 8 steps right with 1 − 0.06 · 0.7: 0.50 plus a few lucky guesses
     assert 0.42 < right / 500 < 0.58 and any(toy.REDO in text for text in texts)
+
+
+def test_every_slip_is_a_wrong_letter_and_the_mark_takes_it_back():
+    step, rng = toy.secret_map(toy.World()), random.Random(0)
+    after = step["a"]
+    for _ in range(300):
+        letter, *rest = toy.demonstrate(toy.World(slip=1, redo=0, guess=0), step, "a", 1, rng)
+        assert letter != after and "".join(rest) == f"0####{letter}"  # what is slipped is said
+        letter, *rest = toy.demonstrate(toy.World(slip=1, redo=1, guess=0), step, "a", 1, rng)
+        assert letter != after and "".join(rest) == f";{after}0####{after}"
+
+
+def test_steps_are_log_uniform():
+    train, _ = toy.draw_problems(toy.World(train_problems=2000, test_problems=1), random.Random(0))
+    # the share of 2 to 11 among 2 to 64, by logarithms: 0.54; by numbers it is 10 of 63
+    expected = math.log(11.5 / 1.5) / math.log(64.5 / 1.5)
+    assert sum(n <= 11 for _, n in train) / 2000 == pytest.approx(expected, abs=0.04)
 
 
 def test_a_built_world_has_disjoint_problems_and_is_not_built_twice(world):

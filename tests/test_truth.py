@@ -151,3 +151,11 @@ def test_a_critic_that_knows_the_truth_scores_one_and_the_best_there_is(ring, to
         toy.score_critic(ring, [{"problem": "a2"}], tokenizer, rows, torch.zeros(80, 7))["slip_auc"]
         == 0.5
     )
+
+
+def test_the_best_critic_is_counted_on_the_other_half_of_the_answers(ring, tokenizer):
+    # Equal texts, the even ones right and the odd ones wrong: each half is told the opposite.
+    # R − V = ±1 where R = 1 or 0, so the variance left is 1, of ¼.
+    rows = rows_of(tokenizer, ["b1c0####c"] * 8, [1.0, 0.0] * 4)
+    scores = toy.score_critic(ring, [{"problem": "a2"}], tokenizer, rows, torch.zeros(8, 7))
+    assert scores["best_explained_variance"] == pytest.approx(1 - 1 / (1 / 4))

@@ -14,6 +14,7 @@ import model
 import rollout
 import table
 import train_value
+import train_vapo
 from system import checkpoint, distributed, loading
 
 SMALL = ["--device=cpu", "--answers=1024", "--samples=8", "--passes=4", "--lr=3e-3",
@@ -80,7 +81,8 @@ def test_every_pass_is_measured_and_logged(run):
 
 
 def test_value_looks_before_every_token_and_reward_after_the_last():
-    rows = {"length_B": torch.tensor([3, 1]), "reward_B": torch.tensor([1.0, 2.0])}
+    rows = {"length_B": torch.tensor([3, 1]), "reward_B": torch.tensor([1.0, 2.0]),
+            "correct_B": torch.tensor([True, True])}  # of no use here  # fmt: skip
     target_BT, mask_BT, shift = train_value.objective_columns(rows, "value")
     assert target_BT.tolist() == [[1, 1, 1], [2, 0, 0]] and shift == 0
     assert mask_BT.tolist() == [[1, 1, 1], [1, 0, 0]]
@@ -321,3 +323,30 @@ def test_short_answers_come_first_and_the_learning_rate_falls_to_zero_if_asked(
     assert rates[:3] == pytest.approx([1e-4 * (s + 1) * (1 - s / total) for s in range(3)])
     assert rates[-3:] == pytest.approx([1e-3 * left / total for left in (3, 2, 1)])
     assert max(lengths[: 2 * (short - 1)]) < min(lengths[2 * (short - 1) :])
+
+
+def test_answers_to_one_problem_are_all_fitted_or_all_held_out():
+    rows = {"problem_B": torch.tensor([7, 3, 9, 5, 1] * 3), "length_B": torch.ones(15).long(),
+            "prompt_length_B": torch.ones(15).long()}  # fmt: skip
+    for seed in range(3):
+        fitted, held_out = train_value.split_by_problem(rows, 0.4, seed)
+        assert len(fitted["length_B"]) == 9 and len(held_out["length_B"]) == 6
+        assert not set(fitted["problem_B"].tolist()) & set(held_out["problem_B"].tolist())
+
+
+def test_value_pretraining_in_a_run_has_the_runs_settings_and_its_own(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train_value, "pretrain", lambda settings, policy: asked.append(settings))
+    run = {"model": "m", "train": "t", "seed": 5, "temperature": 0.7, "reward_wrong": -1.0}
+    own = {"pretrain_lr": 0.1, "pretrain_answers": 20, "pretrain_passes": 3}
+    settings = train_vapo.Settings(**run, **own, lr=0.2, critic_lr=0.3, reward_model="fit")
+    start = train_value.starting_critic(settings, tmp_path, None)
+    assert start == str(tmp_path / "value" / "critic")
+    reward, value = asked
+    expected = run | {"lr": 0.1, "answers": 20, "passes": 3}
+    for settings in asked:
+        assert {name: getattr(settings, name) for name in expected} == expected
+    assert (reward.objective, reward.init, reward.reuse_answers) == ("reward", "", "")
+    directory = tmp_path / "reward_model"
+    came_from = str(directory / "critic"), str(directory / "answers.pt")
+    assert (value.objective, value.init, value.reuse_answers) == ("value", *came_from)

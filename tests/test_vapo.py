@@ -259,6 +259,40 @@ def test_the_presets_are_those_of_their_papers():
     }  # fmt: skip
 
 
+def settings_of(*flags):
+    flags = ["--model=m", "--train=t", "--test=t", "--out=no/such/dir", *flags]
+    return train_vapo.settings_of(flags)[0]
+
+
+#                   pieces 1 to 7                                    critic_free, dynamic_sampling,
+@pytest.mark.parametrize("preset, pieces, others", [               # overlong, reward_model
+    ("vapo", [True, True, True, True, True, True, True], (False, 0, 0.0, "")),
+    ("vc_ppo", [True, True, False, False, False, False, False], (False, 0, 0.0, "")),
+    ("ppo", [False, False, False, False, False, False, False], (False, 0, 0.0, "fit")),
+    # pieces 1 to 3 are a critic's
+    ("grpo", [True, True, True, False, False, False, True], (True, 0, 0.0, "")),
+    ("dapo", [True, True, True, True, True, False, True], (True, 10, 0.2, "")),
+])  # fmt: skip
+def test_each_preset_as_a_line_of_literals(preset, pieces, others):
+    settings = settings_of(f"--preset={preset}")
+    assert [getattr(settings, name) for name in PIECES] == pieces
+    names = ("critic_free", "dynamic_sampling", "overlong", "reward_model")
+    assert tuple(getattr(settings, name) for name in names) == others
+
+
+def test_the_numbers_of_the_paper_are_the_defaults():
+    settings = settings_of()
+    paper = {
+        "lr": 1e-6, "critic_lr": 2e-6, "alpha": 0.05, "lam_policy": 0.95, "lam_critic": 1.0,
+        "eps_low": 0.2, "eps_high": 0.28, "mu": 0.1, "samples": 16, "reward_correct": 1.0,
+        "reward_wrong": 0.0, "temperature": 1.0, "max_grad_norm": 1.0, "warmup": 10,
+        "value_clip": 0.0, "whiten": False, "is_clip": None, "eval_top_p": 1.0,
+    }  # fmt: skip
+    assert {name: getattr(settings, name) for name in paper} == paper
+    assert settings.rollout_shape() == (32, 16)
+    assert settings_of("--no_group_sampling").rollout_shape() == (512, 1)
+
+
 def test_group_sampling_off_asks_as_many_prompts_once(world, tmp_path, monkeypatch):
     asked, sample = [], rollout.sample
 

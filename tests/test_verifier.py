@@ -147,6 +147,11 @@ def test_what_is_extracted():
     assert extract_answer("**Answer:** 34 \nthanks") == "** 34"
 
 
+def test_of_equal_statements_on_a_line_the_last_is_taken_and_many_are_none():
+    assert extract_answer("\\boxed{1/2}, that is \\boxed{0.5}") == "0.5"
+    assert extract_answer("\\boxed{1} " * 5) == "1" and extract_answer("\\boxed{1} " * 6) is None
+
+
 @pytest.mark.parametrize("text, answer", [
     ("25 + 49 = 74.", "74"), ("It makes 1,074", "1074"), ("so 80-6 gives 74!", "74"),
     ("that is -3", "-3"), ("about 5\nSo: $0.50", "1/2"), ("74\n\nAnswer: 75", "75"),
