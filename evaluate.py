@@ -10,7 +10,6 @@ k answers to each problem, and a greedy one. A problem of n judged answers with 
 and each is averaged over problems. An answer that states none, or is cut, has no vote.
 """
 
-import json
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import table
 import toy
 from system import distributed, loading, settings as flags
 from system.equality import canonical
-from system.run import Log, exit_on_bad_input, seeded_generator
+from system.run import Log, exit_on_bad_input, seeded_generator, write_lines
 from system.settings import ABOVE_0_SHARE, AT_LEAST_1, PROBLEMS, flag
 from verifier import extract_answer
 
@@ -158,15 +157,12 @@ def main(argv=None):
     log.metrics(0, {f"test_{name}": value for name, value in metrics.items()})
     log.samples(0, describe_samples(None, tokenizer, problems, rows, samples))
     log.close()
-    if not distributed.rank():
-        lines = "".join(json.dumps(result) + "\n" for result in results)
-        (run_dir / "results.jsonl").write_text(lines)
+    write_lines(run_dir / "results.jsonl", results)
 
     title = f"avg@{samples} at T = {settings.temperature:g}, top-p = {settings.eval_top_p:g}"
     lines = {title: metrics["accuracy"]}
     for k in sorted({2**i for i in range(1, samples.bit_length())} | {samples} - {1}):
-        chances = [pass_at_k(result["correct"], samples, k) for result in results]
-        lines[f"pass@{k}"] = fmean(chances)
+        lines[f"pass@{k}"] = fmean(pass_at_k(result["correct"], samples, k) for result in results)
     lines[f"maj@{samples}"] = metrics["majority"]
     print(f"\n{len(results)} problems")
     for title, value in (lines | {TITLES[name]: metrics[name] for name in TITLES}).items():

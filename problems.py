@@ -29,23 +29,20 @@ def encode_prompts(
     assistant answers. Raises: BadInput if prompts are longer than `prompt_length` tokens and not
     `drop_long`, or all are."""
     for problem in problems:
-        messages = problem.get("messages")
-        text = problem["problem"]
+        text, messages, flags = problem["problem"], problem.get("messages"), {}
         text = text if messages else template.replace("{problem}", text)
         if chat_template and tokenizer.chat_template:
             messages = messages or [{"role": "user", "content": text}]
             how = {"tokenize": False, "add_generation_prompt": True}
             text = tokenizer.apply_chat_template(messages, **how)
-            # The format writes its own BOS.
-            problem["prompt"] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            problem["prompt"] = tokenizer(text)["input_ids"]
+            flags = {"add_special_tokens": False}  # the format writes its own BOS
+        problem["prompt"] = tokenizer(text, **flags)["input_ids"]
     good = [problem for problem in problems if 0 < len(problem["prompt"]) <= prompt_length]
     bad = [problem for problem in problems if not 0 < len(problem["prompt"]) <= prompt_length]
     if bad:
-        said = f"{len(bad)} of {len(problems)} prompts are longer than --prompt_length"
-        said += f" {prompt_length} (or empty), the first, of {len(bad[0]['prompt'])} tokens:"
-        said += f" {bad[0].get('where', 'problem')} ({bad[0]['problem'][:40]!r})"
+        first = f"the first, of {len(bad[0]['prompt'])} tokens: {bad[0]['where']}"
+        said = f"prompts are longer than --prompt_length {prompt_length} (or empty), {first}"
+        said = f"{len(bad)} of {len(problems)} {said}"
         require(good and drop_long, f"{said}; raise it, or --drop_long_prompts if some are good")
         print(f"warning: {said}: dropped")
     return good

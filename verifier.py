@@ -41,14 +41,10 @@ def extract_answer(text, bare_number=False):
         return number and number.group().rstrip(",")
     line = text.rfind("\n", 0, marks[-1].start()) + 1
     marks = [m for m in marks if m.start() >= line]
-    if len(marks) > MOST_STATED:
+    stated = [content_of(text, *pair) for pair in zip(marks, [*marks[1:], None])]
+    if None in stated or len(stated) > MOST_STATED:
         return None
-    stated = []
-    for mark, following in zip(marks, [*marks[1:], None]):
-        content = content_of(text, mark, following)
-        if content is None:
-            return None
-        stated += [content] if content.strip("* .$") else []
+    stated = [answer for answer in stated if answer.strip("* .$")]
     if not stated or any(len(answer) > LONGEST for answer in stated):
         return None
     *earlier, last = stated

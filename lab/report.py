@@ -67,24 +67,21 @@ def summarise(runs):
     best_dapo = max(y for _, y in mean_curve(runs["dapo"])) if "dapo" in runs else math.nan
     summary = {}
     for row, by_seed in runs.items():  # VAPO first
-        own, seconds, trained, answers = {}, [], [], []
-        for seed, lines in by_seed.items():
-            points = curve(lines, "test_accuracy")
-            own[seed] = points[-1][1]
-            answers.append(lines[-1]["answers"])
-            late = [y for x, y in curve(lines, "accuracy") if x >= 0.75 * lines[-1]["step"]]
-            trained.append(fmean(late))
-            seconds += [y for line in lines for name, y in line.items() if "seconds_" in name]
+        own = {seed: curve(lines, "test_accuracy")[-1][1] for seed, lines in by_seed.items()}
+        trained = [fmean(y for x, y in curve(lines, "accuracy") if x >= 0.75 * lines[-1]["step"])
+                   for lines in by_seed.values()]  # fmt: skip
+        logged = sum(by_seed.values(), [])
+        seconds = sum(y for line in logged for name, y in line.items() if "seconds_" in name)
         reached = [step for step, y in mean_curve(by_seed) if y >= best_dapo]
         last = by_seed[min(by_seed)][-1]
         updates = last["gradient_steps"] / last["step"]
         mean, half = mean_interval(list(own.values()))
-        vapo = summary["vapo"]["finals"] if "vapo" in summary else {}
         summary[row] = {
             "accuracy": mean, "half": half, "finals": own, "seeds": len(own),
             "steps_to_dapo": round(reached[0] * updates) if reached else None,
-            "answers": fmean(answers), "minutes": sum(seconds) / len(own) / 60,
-            "training_accuracy": fmean(trained)}  # fmt: skip
+            "answers": fmean(lines[-1]["answers"] for lines in by_seed.values()),
+            "minutes": seconds / len(own) / 60, "training_accuracy": fmean(trained)}  # fmt: skip
+        vapo = summary["vapo"]["finals"] if "vapo" in summary else {}
         if paired := [own[seed] - vapo[seed] for seed in own if seed in vapo]:
             summary[row] |= zip(("difference", "difference_half"), mean_interval(paired))
     return summary
@@ -131,13 +128,11 @@ def report(out):
     if shown["added"][1:]:
         text += ["## PPO with one piece", table(summary, shown["added"], {})]
     if shown["tuning"]:
-        lines = ["| | training accuracy | seeds |", "|---|---|---|"]
+        lines = ["## Learning rates, by the last quarter of training, on other seeds\n"]
+        lines += ["| | training accuracy | seeds |", "|---|---|---|"]
         for row, n in ((row, summary[row]) for row in shown["tuning"]):
             lines.append(f"| {TITLES[row]} | {n['training_accuracy']:.3f} | {n['seeds']} |")
-        text += [
-            "## Learning rates, by the last quarter of training, on other seeds",
-            "\n".join(lines),
-        ]
+        text.append("\n".join(lines))
     for name, sentence in draw_all(runs, summary, positions, value, out):
         text += [f"![{name}]({name})", sentence]
     (out / "README.md").write_text("\n\n".join(text) + "\n")
@@ -153,9 +148,6 @@ def draw_all(runs, summary, positions, value, out):
 
     def fitting(title, *curves):
         return title, "optimiser steps", partial(draw_curves, curves)
-
-    def by_token(title, curves):
-        return title, "token position", partial(draw_curves, curves)
 
     vapo, single = "vapo" in runs, any(row.startswith("ppo_with_") for row in runs)
     figures = [  # file, whether there is data for it, what to see in it, inches, panels of `draw`
@@ -186,8 +178,9 @@ def draw_all(runs, summary, positions, value, out):
         ("bias.png", positions,
          "On held-out problems: a reward model as critic is off the dashed line before the end, so "
          "its advantages are not 0 on average.", (11, 3.8), [
-             by_token("mean V", means(positions, "value")),
-             by_token("mean advantage at λ = 0.95", means(positions, "advantage"))]),
+             ("mean V", "token position", partial(draw_curves, means(positions, "value"))),
+             ("mean advantage at λ = 0.95", "token position",
+              partial(draw_curves, means(positions, "advantage")))]),
         ("pretraining.png", value,
          "What value pretraining reaches on held-out problems.", (13, 3.6), [
              fitting("held-out value loss", (curve(value, "value_loss"), "o-", None)),
@@ -262,7 +255,6 @@ def means(positions, what):
 
 @exit_on_bad_input
 def main(argv=None):
-    """Runs the script; returns what `report` does."""
     out = parse(Settings, argv, __doc__).out
     need("matplotlib", "scipy")
     summary = report(Path(out))

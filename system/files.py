@@ -43,14 +43,12 @@ def problem_of(row, where):
     if name == "prompt":
         listed = isinstance(text, list) and all(isinstance(message, dict) for message in text)
         chat = listed and {type(m.get(n)) for m in text for n in ("role", "content")} == {str}
-        said = "must be a list of chat messages, each with role and content"
-        require(chat, f'{where}: "prompt" {said}')
+        require(chat, f'{where}: "prompt" must be a list of chat messages (role and content)')
         messages["messages"] = [{n: message[n] for n in ("role", "content")} for message in text]
         text = "\n\n".join(message["content"] for message in text)
         answer_name = "reward_model.ground_truth"
         answer = answer.get("ground_truth") if isinstance(answer, dict) else None
-    said = f'{where}: "{name}" must be a text, and not empty'
-    require(isinstance(text, str) and text.strip(), said)
+    require(isinstance(text, str) and text.strip(), f'{where}: "{name}" must be a text, not empty')
     if name == "question" and isinstance(answer, str):
         answer = answer.rpartition("####")[2].strip()
     usable = type(answer) in (str, int) or (type(answer) is float and math.isfinite(answer))
@@ -86,8 +84,7 @@ def text_of(path):
     try:
         return Path(path).read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise BadInput(f"cannot read the problems {path}: {said}") from None
+        raise BadInput(f"cannot read the problems {path}: {error}") from None
 
 
 def parsed(text, where):
@@ -104,8 +101,7 @@ def rows_by_datasets(path, is_file, name):
         import datasets
     except ImportError:
         what = "is read" if is_file else "is no file; if it is a name on the hub, it is read"
-        what += " by the package datasets: pip install datasets"
-        raise BadInput(f"{path} {what}") from None
+        raise BadInput(f"{path} {what} by the package datasets: pip install datasets") from None
     try:
         if is_file:
             return datasets.Dataset.from_parquet(path)

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout  # torch needs it too
 from tqdm import tqdm
 
-from system.run import BadInput
+from system.run import BadInput, write_lines
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,8 +54,7 @@ def locked(directory):
         with FileLock(directory / "lock", timeout=0):
             yield
     except Timeout:
-        said = "let it finish, or give another --runs and --out"
-        raise BadInput(f"another ablate.py is at work in {directory}: {said}") from None
+        raise BadInput(f"another ablate.py is at work in {directory}: let it finish") from None
 
 
 def lines_of(path):
@@ -69,7 +68,4 @@ def keep(run_dir, path):
     for numbers in lines_of(run_dir / "metrics.jsonl"):
         short = {n: float(f"{v:.5g}") for n, v in numbers.items() if isinstance(v, float)}
         lines.append(numbers | short)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    beside.replace(path)
+    write_lines(path, lines)

@@ -82,8 +82,7 @@ def on_signal(number, frame):
     """Notes that the process is to stop; again, some seconds later, stops it at once."""
     if not STOP:
         STOP.extend([signal.Signals(number), time.time()])
-        said = "finishing this step and saving; once more to stop at once"
-        print(f"\n{STOP[0].name}: {said}", file=sys.stderr)
+        print(f"\n{STOP[0].name}: finishing this step; once more to stop at once", file=sys.stderr)
     elif time.time() - STOP[1] > 3:  # Ctrl-C under torchrun comes twice at once
         raise KeyboardInterrupt
 
@@ -112,14 +111,14 @@ def pick_device(name):
         device = torch.device(auto if name == "auto" else name)
     except RuntimeError as error:
         raise BadInput(f"--device {name}: {error}") from None
-    available = device.type != "cuda" or auto == "cuda"
-    require(available, f"--device {name}: this machine has no CUDA device")
-    if device.type == "cuda" and distributed.world() > 1:
-        said = "under torchrun each process has its own; leave the number out"
-        require(device.index is None, f"--device {name}: {said}")
+    if device.type != "cuda":
+        return device
+    require(auto == "cuda", f"--device {name}: this machine has no CUDA device")
+    if distributed.world() > 1:
+        said = f"--device {name}: each process has its own; leave the number out"
+        require(device.index is None, said)
         here, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        said = f"{here} processes for the {there} GPUs of this machine"
-        require(here <= there, f"{said}: torchrun --nproc_per_node {there}")
+        require(here <= there, f"{here} processes for the {there} GPUs: --nproc_per_node {there}")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     return device
@@ -188,6 +187,13 @@ def write_json(path, value):
             file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
+def write_lines(path, values):
+    """Writes a .jsonl file, whole or not at all. Rank 0 does."""
+    if not distributed.rank():
+        with written_whole(Path(path)) as file:
+            file.writelines(json.dumps(value).encode() + b"\n" for value in values)
+
+
 def step_of(line):
     """The step of a line of a .jsonl log; infinite if it was not written whole."""
     try:
@@ -237,8 +243,7 @@ class Log:
             yield
         except OSError as error:
             if not self.warned:
-                said = f"cannot write the log in {self.run_dir} ({error}); the run goes on"
-                print(f"warning: {said}", file=sys.stderr)
+                print(f"warning: cannot write the log ({error}); the run goes on", file=sys.stderr)
             self.warned = True
 
     def close(self):

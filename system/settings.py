@@ -40,9 +40,8 @@ def flag(default, help, allowed=None, may_change=False):
     a resumed run may have another one (True; "above 0": one above 0 for another), for it changes no
     number but by rounding (micro_batch_tokens) or the random numbers drawn (tensor_parallel)."""
     metadata = {"help": help.replace("%", "%%"), "allowed": allowed, "may_change": may_change}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    how = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**how, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -150,8 +149,7 @@ def new_run_dir(out, name):
     """--out, or runs/NAME-DATE-TIME. Raises: BadInput if it holds a run."""
     run_dir = Path(out or distributed.from_rank_0(time.strftime(f"runs/{name}-%Y%m%d-%H%M%S")))
     taken = distributed.from_rank_0((run_dir / "config.json").exists())
-    said = f"{run_dir} holds a run: --resume {run_dir} goes on with it, or give another --out"
-    require(not taken, said)
+    require(not taken, f"{run_dir} holds a run: --resume it, or give another --out")
     return run_dir
 
 
@@ -168,8 +166,8 @@ def load_config(settings_class, run_dir):
     try:
         return settings_class(**json.loads(path.read_text())["settings"])
     except (ValueError, KeyError, TypeError):
-        said = f"{path} was written by another revision, whose runs this one cannot go on with"
-        raise BadInput(f"{said}: check that one out, or start again with another --out") from None
+        said = "was written by another revision: check that one out, or give another --out"
+        raise BadInput(f"{path} {said}") from None
 
 
 def resumed(settings_class, argv, description, run_dir):
@@ -177,8 +175,7 @@ def resumed(settings_class, argv, description, run_dir):
     saved = asdict(load_config(settings_class, run_dir))
     settings = parse(settings_class, argv, description, saved)
     differ = " and --".join(changed(saved, settings))
-    said = f"--resume goes on with the run's own settings: --{differ} cannot change"
-    require(not differ, said)
+    require(not differ, f"--resume goes on with the run's settings: --{differ} cannot change")
     return settings
 
 
@@ -203,5 +200,4 @@ def require_same(out, settings, ways):
         if before and now and relpath(before, saved["out"]) == relpath(now, settings.out):
             saved[name] = now
     differ = ", ".join(changed(saved, settings))
-    said = f"holds work that was stopped, with another {differ}: give another --out, or remove it"
-    require(not differ, f"{out} {said}")
+    require(not differ, f"{out} was stopped, with another {differ}: remove it, or another --out")
