@@ -56,8 +56,7 @@ RIVALS = {"vc_ppo": "VC-PPO", "ppo": "PPO", "grpo": "GRPO", "dapo": "DAPO"}
 # row → (title, the flags in which it differs from the first row)
 ROWS = {"vapo": ("VAPO", {})}
 ROWS |= {f"no_{piece}": (f"w/o {title}", {piece: False}) for piece, title in PIECES.items()}
-for rival, title in RIVALS.items():
-    ROWS[rival] = (title, {"preset": rival, "lr": LEARNING_RATES[rival]})
+ROWS |= {row: (title, {"preset": row, "lr": LEARNING_RATES[row]}) for row, title in RIVALS.items()}
 GROUPS = {"paper": list(ROWS)}
 for piece, title in PIECES.items():
     ROWS[f"ppo_with_{piece}"] = (f"PPO with {title}", ROWS["ppo"][1] | {piece: True})

@@ -11,10 +11,9 @@ and each is averaged over problems. An answer that states none, or is cut, has n
 """
 
 import time
-from collections import Counter
 from dataclasses import dataclass
 from math import comb
-from statistics import fmean
+from statistics import fmean, mode
 
 import torch
 
@@ -41,8 +40,7 @@ class Settings(flags.SamplingSettings):
 
 
 def pass_at_k(correct, samples, k):
-    """1 − C(n−c, k)/C(n, k): the chance that k of n answers, c of them correct, hold a correct one.
-    Unbiased over draws of n answers, unlike 1 − (1 − c/n)^k (arXiv 2107.03374)."""
+    """1 − C(n−c, k) / C(n, k), unbiased, unlike 1 − (1 − c/n)^k (arXiv 2107.03374)."""
     assert 1 <= k <= samples and 0 <= correct <= samples
     return 1.0 - comb(samples - correct, k) / comb(samples, k)
 
@@ -51,20 +49,18 @@ def majority(answers):
     """The position of the first answer that means what most of them mean, or None.
     Args: answers, texts, or None where no answer is stated; those do not vote."""
     votes = [None if answer is None else canonical(answer) for answer in answers]
-    counted = Counter(vote for vote in votes if vote is not None)  # of equals, the first seen first
-    return votes.index(counted.most_common(1)[0][0]) if counted else None
+    stated = [vote for vote in votes if vote is not None]
+    return votes.index(mode(stated)) if stated else None  # of equals, the first
 
 
 def evaluate(policy, tokenizer, problems, samples, settings, verify, temperature, progress=None):
     """`samples` answers to each problem at a temperature and --eval_top_p, and a greedy one.
-    Returns: (metrics, rows, results): accuracy (avg@samples), pass_at_k and majority (k = samples),
-        greedy_accuracy, length (mean response tokens), truncated (share cut at the limit); the
-        judged rows; a dict for each problem, to look at."""
+    Returns: (metrics, pass_at_k and majority at k = samples; judged rows; a dict a problem)."""
     source = seeded_generator(settings.seed, "evaluation", policy.device)
     how = {"max_tokens": settings.response_length, "generator": source, "engine": settings.engine,
            "sample_rows": settings.sample_rows, "progress": progress}  # fmt: skip
-    asked, warm = (policy, tokenizer, problems), {"temperature": temperature}
-    rows = rollout.sample(*asked, samples, top_p=settings.eval_top_p, **warm, **how)
+    asked, top_p = (policy, tokenizer, problems), settings.eval_top_p
+    rows = rollout.sample(*asked, samples, temperature=temperature, top_p=top_p, **how)
     greedy = rollout.sample(*asked, 1, temperature=0.0, **how)
     for answers in (rows, greedy):
         rollout.judge(answers, tokenizer, problems, verify)

@@ -59,9 +59,8 @@ def content_of(text, mark, following):
         stated = up_to_closing_brace(rest) if kind.endswith("{") else stated[0] if stated else None
         inside = None not in (stated, following) and following.start() < mark.end() + len(stated)
         return "" if inside else stated and stated.strip()
-    stated = line_after(text, mark.end())
     if following is None:
-        return stated
+        return line_after(text, mark.end())
     # "Answer: $\boxed{34}$", "Answer: she has \boxed{34}"
     before = text[mark.end() : following.start()].strip(" *=:$\n")
     return before if len(before) <= LONGEST and rational(normalise(before)) is not None else ""

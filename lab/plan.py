@@ -4,9 +4,8 @@
 
 Takes the flags of train_vapo.py and reads the model's config.json only. Parameters and activations
 come from dryrun.py, the rest from the formulas below. Policy and critic, float32, with gradients
-and AdamW's moments, are sharded over the GPUs (FSDP2). Every GPU has a whole copy of the policy to
-sample from, or with --engine vllm its part of one. All answers are as long as may be. GB are 10⁹
-bytes.
+and AdamW's moments, are sharded (FSDP2). Every GPU has a whole copy of the policy to sample from,
+or with --engine vllm its part of one. All answers are as long as may be. GB are 10⁹ bytes.
 """
 
 from dataclasses import dataclass, replace
@@ -70,8 +69,7 @@ def table_columns(prompt, response, several_waves):
 def logit_bytes(tokens, words, width, size, memory, backward):
     """`logprobs.py` over N tokens: five slices and three copies of the hidden states; backward, the
     logits it keeps, and the gradients of output matrix and hidden states.
-    20 min(N V, slice_on_gpu) + 3 N D size  [+ 4 min(N V, max(KEEP, V D)) + V D size + 4 N D]
-    """
+    20 min(N V, slice_on_gpu) + 3 N D size [+ 4 min(N V, max(KEEP, V D)) + V D size + 4 N D]"""
     kept = 4 * min(tokens * words, max(logprobs.KEEP, words * width))
     slices = 20 * min(tokens * words, logprobs.slice_on_gpu(memory))
     held = slices + 3 * tokens * width * size
@@ -79,9 +77,8 @@ def logit_bytes(tokens, words, width, size, memory, backward):
 
 
 def forward_operations(body, attention, rows, start, end):
-    """Tokens `start` to `end`: rows · (2 · body · (end − start) + 2 · attention · (end² − start²)).
-    body: parameters of the layers; attention: layers · heads · width of a head. The token at
-    position i takes 4 · attention · i."""
+    """Of tokens `start` to `end` of each row; the one at position i takes 2 body + 4 attention · i.
+    body: parameters of the layers; attention: layers · heads · width of a head."""
     return rows * (2 * body * (end - start) + 2 * attention * (end**2 - start**2))
 
 
@@ -222,11 +219,9 @@ def report(asked):
     for name, (work, taken) in phases.items():
         line(name, f"{work / 1e15:,.0f} PFLOP", f"{taken:,.0f} s")
     line("together", "", f"{seconds / 3600:.2f} h")
-    print(
-        f"assumed: {COMPUTE_USE:.0%} of {asked.gpu_tflops:g} TFLOP/s, {BANDWIDTH_USE:.0%} of "
-        f"{asked.gpu_bandwidth:g} GB/s, prompts of {asked.prompt_length:,} tokens; no time\nfor "
-        "starting kernels, between GPUs, for verdicts and evaluations; no fragments of memory"
-    )
+    print(f"assumed: {COMPUTE_USE:.0%} of {asked.gpu_tflops:g} TFLOP/s, {BANDWIDTH_USE:.0%} of")
+    print(f"{asked.gpu_bandwidth:g} GB/s, prompts of {asked.prompt_length:,} tokens; no time for")
+    print("starting kernels, between GPUs, for verdicts and evaluations; no fragments of memory")
     fits = max(full) <= limit and s.slots > 0
     return {"gigabytes": tuple(number / 1e9 for number in full), "seconds": seconds, "fits": fits}
 

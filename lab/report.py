@@ -76,12 +76,12 @@ def summarise(runs):
         last = by_seed[min(by_seed)][-1]
         updates = last["gradient_steps"] / last["step"]
         mean, half = mean_interval(list(own.values()))
+        vapo = summary["vapo"]["finals"] if "vapo" in summary else {}
         summary[row] = {
             "accuracy": mean, "half": half, "finals": own, "seeds": len(own),
             "steps_to_dapo": round(reached[0] * updates) if reached else None,
             "answers": fmean(lines[-1]["answers"] for lines in by_seed.values()),
             "minutes": seconds / len(own) / 60, "training_accuracy": fmean(trained)}  # fmt: skip
-        vapo = summary["vapo"]["finals"] if "vapo" in summary else {}
         if paired := [own[seed] - vapo[seed] for seed in own if seed in vapo]:
             summary[row] |= zip(("difference", "difference_half"), mean_interval(paired))
     return summary
@@ -105,8 +105,7 @@ def table(summary, rows, paper):
 
 def provenance(out):
     """One line: how many runs, on which revisions, versions and machines."""
-    paths = (out / "raw").glob("*-*.jsonl")
-    ons = [lines_of(path)[0]["config"]["on"] for path in paths]
+    ons = [lines_of(path)[0]["config"]["on"] for path in (out / "raw").glob("*-*.jsonl")]
     told = [f"{name} {', '.join(sorted({str(on.get(name, '?')) for on in ons}))}"
             for name in ("revision", "torch", "device", "threads")]  # fmt: skip
     return f"{len(ons)} runs; {'; '.join(told)}."
@@ -120,7 +119,6 @@ def report(out):
     summary = summarise(runs)
     paths = out / "positions.jsonl", out / "raw" / "value.jsonl"
     positions, value = (lines_of(path) if path.exists() else [] for path in paths)
-    value = [line for line in value if "step" in line]
     text = ["# Results", "Written by `python ablate.py` from the files in raw/.", provenance(out)]
     shown = {group: [row for row in rows if row in summary] for group, rows in GROUPS.items()}
     if shown["paper"]:
@@ -133,15 +131,17 @@ def report(out):
         for row, n in ((row, summary[row]) for row in shown["tuning"]):
             lines.append(f"| {TITLES[row]} | {n['training_accuracy']:.3f} | {n['seeds']} |")
         text.append("\n".join(lines))
-    for name, sentence in draw_all(runs, summary, positions, value, out):
-        text += [f"![{name}]({name})", sentence]
+    for name, there, sentence, size, panels in figures(runs, summary, positions, value):
+        if there:
+            draw(out / name, size, panels)
+            text += [f"![{name}]({name})", sentence]
     (out / "README.md").write_text("\n\n".join(text) + "\n")
     return summary
 
 
 # fmt: off
-def draw_all(runs, summary, positions, value, out):
-    """Draws what there is data for into OUT; returns [(file name, what to see in it)].
+def figures(runs, summary, positions, value):
+    """[(file, whether there is data for it, what to see in it, inches, panels of `draw`)].
     Args: summary, {row: numbers}; positions, the lines of bias.py; value, of value pretraining."""
     def by_steps(rows, name, title, *limits):
         return title, "gradient steps", partial(bands, runs, rows, name, limits)
@@ -150,7 +150,7 @@ def draw_all(runs, summary, positions, value, out):
         return title, "optimiser steps", partial(draw_curves, curves)
 
     vapo, single = "vapo" in runs, any(row.startswith("ppo_with_") for row in runs)
-    figures = [  # file, whether there is data for it, what to see in it, inches, panels of `draw`
+    return [
         ("methods.png", vapo,
          "Who learns fastest, and who is best at the end, at the same number of gradient steps.",
          (7.5, 4.5), [by_steps(RIVALS, "test_accuracy",
@@ -188,10 +188,6 @@ def draw_all(runs, summary, positions, value, out):
                      (curve(value, "best_explained_variance"), "k--", "the best possible")),
              fitting("first-slip AUC", (curve(value, "slip_auc"), "o-", None))]),
     ]
-    figures = [figure for figure in figures if figure[1]]
-    for name, _, _, size, panels in figures:
-        draw(out / name, size, panels)
-    return [(name, sentence) for name, _, sentence, *_ in figures]
 # fmt: on
 
 
@@ -242,13 +238,10 @@ def pieces(summary, axis):
 
 def means(positions, what):
     """Lines of VC-PPO's bias figure (arXiv 2503.01491 §3)."""
-
-    def points(name):
-        return [(line["position"], line[name]) for line in positions]
-
-    zero = [(t, 0) for t, _ in points("outcome")]
+    points = partial(curve, positions, x="position")
     outcome = (points("outcome"), "k--", "mean outcome of the answers that get there")
-    return [outcome if what == "value" else (zero, "k--", None),
+    zero = ([(t, 0) for t, _ in points("outcome")], "k--", None)
+    return [outcome if what == "value" else zero,
             (points(f"{what}_before"), "C0", "reward model as critic"),
             (points(f"{what}_after"), "C1", "after value pretraining")]  # fmt: skip
 

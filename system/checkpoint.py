@@ -199,14 +199,14 @@ def keep_bad_batch(run_dir, step, number, batch, metrics, in_a_row):
 
 def export(model, tokenizer, directory):
     """Rank 0 saves model and tokenizer as a directory, all or nothing. Raises: BadInput."""
-    directory, model = Path(directory), distributed.unsharded_network(model)
+    directory, weights = Path(directory), distributed.unsharded_weights(model)
     beside = directory.with_name(directory.name + ".tmp")  # the new one and, in the end, the old
     with distributed.rank_0_first():  # the others may read it afterwards
         if distributed.rank():
             return
         shutil.rmtree(beside, ignore_errors=True)
         try:
-            model.save_pretrained(beside / "new")
+            model.save_pretrained(beside / "new", state_dict=weights)
             tokenizer.save_pretrained(beside / "new")
             if directory.exists():
                 directory.replace(beside / "old")

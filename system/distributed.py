@@ -213,18 +213,11 @@ def unsharded(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def unsharded_network(network):
-    """An ordinary network with a sharded one's weights, on rank 0's CPU (None elsewhere)."""
+def unsharded_weights(network):
+    """A sharded network's weights, the tied ones once, on rank 0's CPU; None of an ordinary one."""
     if not isinstance(network, fsdp.FSDPModule):
-        return network
+        return None
     to_0 = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = state_dict.get_model_state_dict(network, options=to_0)
-    if rank():
-        return None
-    _, _, kind, *_ = type(network).__mro__  # FSDPLlama…, FSDPModule, Llama…
-    with torch.device("meta"):
-        plain = kind(network.config)
-    plain.load_state_dict(weights, assign=True)
-    plain.tie_weights()
-    plain.generation_config = getattr(network, "generation_config", None)
-    return plain
+    tied = network.all_tied_weights_keys  # {name: the name under which it is saved}
+    return {name: weight for name, weight in weights.items() if name not in tied}

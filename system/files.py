@@ -38,22 +38,21 @@ def problem_of(row, where):
         has = f"has {', '.join(map(str, row))}" if isinstance(row, dict) else "is no object"
         wanted = ", or ".join(" and ".join(pair) for pair in FIELDS)
         raise BadInput(f"{where}: wants the fields {wanted}; {has}"[:400])
-    name, answer_name = pairs[0]
-    text, answer, messages = row[name], row[answer_name], {}
+    name, key = pairs[0]
+    text, answer, messages = row[name], row[key], {}
     if name == "prompt":
         listed = isinstance(text, list) and all(isinstance(message, dict) for message in text)
         chat = listed and {type(m.get(n)) for m in text for n in ("role", "content")} == {str}
         require(chat, f'{where}: "prompt" must be a list of chat messages (role and content)')
         messages["messages"] = [{n: message[n] for n in ("role", "content")} for message in text]
         text = "\n\n".join(message["content"] for message in text)
-        answer_name = "reward_model.ground_truth"
+        key = "reward_model.ground_truth"
         answer = answer.get("ground_truth") if isinstance(answer, dict) else None
     require(isinstance(text, str) and text.strip(), f'{where}: "{name}" must be a text, not empty')
     if name == "question" and isinstance(answer, str):
         answer = answer.rpartition("####")[2].strip()
     usable = type(answer) in (str, int) or (type(answer) is float and math.isfinite(answer))
-    said = f'{where}: "{answer_name}" must be a text or a number, and not empty'
-    require(usable and str(answer).strip(), said)
+    require(usable and str(answer).strip(), f'{where}: "{key}" must be a text or number, not empty')
     return {"problem": text, "answer": str(answer)} | messages
 
 
@@ -73,9 +72,8 @@ def rows_of(path):
         except csv.Error as error:
             raise BadInput(f"{path}, line {reader.line_num}: not CSV ({error})") from None
     else:
-        is_json = kind == ".json"
-        rows = parsed(text_of(path), path) if is_json else rows_by_datasets(path, is_file, name)
-        require(not is_json or isinstance(rows, list), f"{path}: wants a list of problems")
+        rows = parsed(text_of(path), path) if kind == ".json" else by_datasets(path, is_file, name)
+        require(kind != ".json" or isinstance(rows, list), f"{path}: wants a list of problems")
         yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
@@ -95,7 +93,7 @@ def parsed(text, where):
         raise BadInput(f"{where}: not JSON ({error})") from None
 
 
-def rows_by_datasets(path, is_file, name):
+def by_datasets(path, is_file, name):
     """The rows of a parquet file or, by its matched `name`, of a hub data set."""
     try:
         import datasets

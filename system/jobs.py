@@ -32,8 +32,7 @@ def call(script, argv, log):
 def side_by_side(jobs, workers):
     """Runs functions without arguments, `workers` at a time (0: as many as there are cores).
     Args: {name: function}. Yields: (name, what it returned, BadInput or None), as they end."""
-    known = hasattr(os, "sched_getaffinity")  # macOS has only cpu_count
-    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     pool = ThreadPoolExecutor(workers or cores)
     names = {pool.submit(job): name for name, job in jobs.items()}
     try:
@@ -57,15 +56,13 @@ def locked(directory):
         raise BadInput(f"another ablate.py is at work in {directory}: let it finish") from None
 
 
-def lines_of(path):
+def lines_of(path, **how):
     """The lines of a .jsonl file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line, **how) for line in path.read_text().splitlines()]
 
 
 def keep(run_dir, path):
     """Copies a run's metrics.jsonl to `path`, five digits a number, after its config.json."""
-    lines = [{"config": json.loads((run_dir / "config.json").read_text())}]
-    for numbers in lines_of(run_dir / "metrics.jsonl"):
-        short = {n: float(f"{v:.5g}") for n, v in numbers.items() if isinstance(v, float)}
-        lines.append(numbers | short)
-    write_lines(path, lines)
+    config = {"config": json.loads((run_dir / "config.json").read_text())}
+    short = {"parse_float": lambda digits: float(f"{float(digits):.5g}")}
+    write_lines(path, [config, *lines_of(run_dir / "metrics.jsonl", **short)])

@@ -46,7 +46,7 @@ class MathEquality:
         how |= {"text": True, "start_new_session": True}  # Ctrl-C is not for it
         self.child = subprocess.Popen(command, **how)
         works = self.answer("2\\sqrt{2}", "\\sqrt{8}", seconds=120)  # it imports sympy first
-        require(works, f"Math-Verify does not work, in {self.megabytes} MB: try to import it")
+        require(works, f"Math-Verify does not work in {self.megabytes} MB: try to import it")
 
     def answer(self, stated, reference, seconds):
         """What the child answers to a question; None if nothing in time: then it is killed."""

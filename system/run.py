@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -115,8 +115,7 @@ def pick_device(name):
         return device
     require(auto == "cuda", f"--device {name}: this machine has no CUDA device")
     if distributed.world() > 1:
-        said = f"--device {name}: each process has its own; leave the number out"
-        require(device.index is None, said)
+        require(device.index is None, "--device: each process has its own; leave the number out")
         here, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         require(here <= there, f"{here} processes for the {there} GPUs: --nproc_per_node {there}")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -126,8 +125,7 @@ def pick_device(name):
 
 def seeded_generator(seed, purpose, device="cpu"):
     """A torch.Generator for one purpose: equal for equal (seed, purpose), else unrelated."""
-    drawn = random.Random(f"{purpose} {seed}").getrandbits(63)
-    return torch.Generator(device).manual_seed(drawn)
+    return torch.Generator(device).manual_seed(random.Random(f"{purpose} {seed}").getrandbits(63))
 
 
 def kernel(function, compile, device):
@@ -149,14 +147,13 @@ def timed(seconds, name):
 
 def describe(device):
     """Revision, versions and device, for the record beside the numbers."""
-    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    git, revision = ["git", "-C", str(Path(__file__).parent.parent)], "unknown"
     how = {"capture_output": True, "text": True, "timeout": 10}
-    try:  # dirty: the code differs; results that ablate.py writes into the tree do not count
+    # dirty: the code differs; results that ablate.py writes into the tree do not count
+    with suppress(OSError, subprocess.TimeoutExpired):
         name = subprocess.run([*git, "describe", "--always", "--abbrev=12"], **how).stdout.strip()
         differs = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], **how).returncode
         revision = name + "-dirty" * (differs == 1) if name else "unknown"
-    except (OSError, subprocess.TimeoutExpired):
-        revision = "unknown"
     cuda, processor = device.type == "cuda", platform.processor() or platform.machine()
     return {
         "revision": revision, "python": platform.python_version(), "torch": torch.__version__,
@@ -196,10 +193,9 @@ def write_lines(path, values):
 
 def step_of(line):
     """The step of a line of a .jsonl log; infinite if it was not written whole."""
-    try:
+    with suppress(ValueError, KeyError, TypeError):
         return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+    return math.inf
 
 
 class Log:

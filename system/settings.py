@@ -9,6 +9,7 @@ import importlib.util
 import json
 import time
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from os.path import relpath
 from pathlib import Path
 from typing import Literal
@@ -115,7 +116,8 @@ class TrainingSettings(SamplingSettings):
 def parse(settings_class, argv, description, defaults=None):
     """Flags → a frozen dataclass; `defaults` in the place of the fields' own. Raises: BadInput."""
     usage = "python %(prog)s [@FILE with flags] [--flag value] ..."
-    how = {"allow_abbrev": False, "add_help": False, "formatter_class": HelpFormatter}
+    look = partial(HelpFormatter, max_help_position=32, width=150)
+    how = {"allow_abbrev": False, "add_help": False, "formatter_class": look}
     how |= {"fromfile_prefix_chars": "@", "description": description.partition("\n")[0]}
     parser = Parser(settings_class, usage=usage, **how)
     parser.add_argument("--help", "-h", action="help", help=argparse.SUPPRESS)
@@ -133,9 +135,6 @@ class Parser(HfArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):  # a line a flag
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=32, width=150)
-
     def _format_action_invocation(self, action):
         name = action.option_strings[0].removeprefix("--")
         return f"--[no_]{name}" if action.default is True else f"--{name}"
@@ -155,8 +154,7 @@ def new_run_dir(out, name):
 
 def save_config(run_dir, settings, device):
     """Writes RUN_DIR/config.json: the settings, and what they ran on."""
-    value = {"settings": asdict(settings), "on": describe(device)}
-    write_json(Path(run_dir) / "config.json", value)
+    write_json(f"{run_dir}/config.json", {"settings": asdict(settings), "on": describe(device)})
 
 
 def load_config(settings_class, run_dir):
@@ -166,8 +164,8 @@ def load_config(settings_class, run_dir):
     try:
         return settings_class(**json.loads(path.read_text())["settings"])
     except (ValueError, KeyError, TypeError):
-        said = "was written by another revision: check that one out, or give another --out"
-        raise BadInput(f"{path} {said}") from None
+        said = f"{path} was written by another revision: check that out, or give another --out"
+        raise BadInput(said) from None
 
 
 def resumed(settings_class, argv, description, run_dir):

