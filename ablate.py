@@ -56,8 +56,7 @@ RIVALS = {"vc_ppo": "VC-PPO", "ppo": "PPO", "grpo": "GRPO", "dapo": "DAPO"}
 # row → (title, the flags in which it differs from the first row)
 ROWS = {"vapo": ("VAPO", {})}
 ROWS |= {f"no_{piece}": (f"w/o {title}", {piece: False}) for piece, title in PIECES.items()}
-for rival, title in RIVALS.items():
-    ROWS[rival] = (title, {"preset": rival, "lr": LEARNING_RATES[rival]})
+ROWS |= {row: (title, {"preset": row, "lr": LEARNING_RATES[row]}) for row, title in RIVALS.items()}
 GROUPS = {"paper": list(ROWS)}
 for piece, title in PIECES.items():
     ROWS[f"ppo_with_{piece}"] = (f"PPO with {title}", ROWS["ppo"][1] | {piece: True})
@@ -113,8 +112,7 @@ def is_there(path, where, row, seed, quick):
         had = had.get("config", had)["settings"] | {"device": "cpu"}
         wanted.pop("reward_model", None)  # "fit" in a preset, a directory here
         differ = ", ".join(name for name, value in wanted.items() if had.get(name) != value)
-        said = f"{where} has another {differ} than {row} has now"
-        require(not differ, f"{said}: remove it, or give another --out and --runs")
+        require(not differ, f"{where} has another {differ} than {row} has now: remove it")
     return path.exists()
 
 
@@ -134,8 +132,7 @@ def prepare(runs, out, quick):
         kept, fresh = out / "raw" / f"{name}.jsonl", runs / f"{name}.jsonl"
         jobs.keep(runs / name, fresh)
         same = not kept.exists() or jobs.lines_of(kept)[1:] == jobs.lines_of(fresh)[1:]
-        said = f"{name} is not the critic of the runs that are finished in {out}"
-        require(same, f"{said} (another machine or version): give another --out")
+        require(same, f"{out} has runs of another {name} (machine, version): give another --out")
         jobs.keep(runs / name, kept)
     if not (out / "positions.jsonl").exists():
         own = {"before": reward_model, "after": runs / "value" / "critic", "answers": answers,
@@ -146,9 +143,8 @@ def prepare(runs, out, quick):
 def run(row, seed, runs, out, quick):
     """One run from where it stands to its end. Returns: its last held-out accuracy."""
     run_dir = runs / f"{row}-{seed}"
-    argv = run_flags(row, seed, runs, quick)
-    if is_there(run_dir / "config.json", run_dir, row, seed, quick):
-        argv = [f"--resume={run_dir}"]
+    there = is_there(run_dir / "config.json", run_dir, row, seed, quick)
+    argv = [f"--resume={run_dir}"] if there else run_flags(row, seed, runs, quick)
     jobs.call("train_vapo.py", argv, f"{run_dir}.log")
     path = out / "raw" / f"{row}-{seed}.jsonl"
     jobs.keep(run_dir, path)
@@ -157,12 +153,10 @@ def run(row, seed, runs, out, quick):
 
 @exit_on_bad_input
 def main(argv=None):
-    """Runs the script."""
     settings = flags.parse(Settings, argv, __doc__)
     settings.check()
     unknown = ", ".join(row for row in settings.rows if row not in ROWS and row not in GROUPS)
-    said = f"there is no {unknown}; there are {', '.join([*GROUPS, *ROWS])}"
-    require(not unknown, f"--rows: {said}")
+    require(not unknown, f"--rows: there is no {unknown}; there are {', '.join([*GROUPS, *ROWS])}")
     rows = dict.fromkeys(name for row in settings.rows for name in GROUPS.get(row, [row]))
     runs, out, seeds = Path(settings.runs), Path(settings.out), settings.seeds
     if settings.quick:

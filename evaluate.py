@@ -10,12 +10,10 @@ k answers to each problem, and a greedy one. A problem of n judged answers with 
 and each is averaged over problems. An answer that states none, or is cut, has no vote.
 """
 
-import json
 import time
-from collections import Counter
 from dataclasses import dataclass
 from math import comb
-from statistics import fmean
+from statistics import fmean, mode
 
 import torch
 
@@ -25,7 +23,7 @@ import table
 import toy
 from system import distributed, loading, settings as flags
 from system.equality import canonical
-from system.run import Log, exit_on_bad_input, seeded_generator
+from system.run import Log, exit_on_bad_input, seeded_generator, write_lines
 from system.settings import ABOVE_0_SHARE, AT_LEAST_1, PROBLEMS, flag
 from verifier import extract_answer
 
@@ -42,8 +40,7 @@ class Settings(flags.SamplingSettings):
 
 
 def pass_at_k(correct, samples, k):
-    """1 − C(n−c, k)/C(n, k): the chance that k of n answers, c of them correct, hold a correct one.
-    Unbiased over draws of n answers, unlike 1 − (1 − c/n)^k (arXiv 2107.03374)."""
+    """1 − C(n−c, k) / C(n, k), unbiased, unlike 1 − (1 − c/n)^k (arXiv 2107.03374)."""
     assert 1 <= k <= samples and 0 <= correct <= samples
     return 1.0 - comb(samples - correct, k) / comb(samples, k)
 
@@ -52,20 +49,18 @@ def majority(answers):
     """The position of the first answer that means what most of them mean, or None.
     Args: answers, texts, or None where no answer is stated; those do not vote."""
     votes = [None if answer is None else canonical(answer) for answer in answers]
-    counted = Counter(vote for vote in votes if vote is not None)  # of equals, the first seen first
-    return votes.index(counted.most_common(1)[0][0]) if counted else None
+    stated = [vote for vote in votes if vote is not None]
+    return votes.index(mode(stated)) if stated else None  # of equals, the first
 
 
 def evaluate(policy, tokenizer, problems, samples, settings, verify, temperature, progress=None):
     """`samples` answers to each problem at a temperature and --eval_top_p, and a greedy one.
-    Returns: (metrics, rows, results): accuracy (avg@samples), pass_at_k and majority (k = samples),
-        greedy_accuracy, length (mean response tokens), truncated (share cut at the limit); the
-        judged rows; a dict for each problem, to look at."""
+    Returns: (metrics, pass_at_k and majority at k = samples; judged rows; a dict a problem)."""
     source = seeded_generator(settings.seed, "evaluation", policy.device)
     how = {"max_tokens": settings.response_length, "generator": source, "engine": settings.engine,
            "sample_rows": settings.sample_rows, "progress": progress}  # fmt: skip
-    asked, warm = (policy, tokenizer, problems), {"temperature": temperature}
-    rows = rollout.sample(*asked, samples, top_p=settings.eval_top_p, **warm, **how)
+    asked, top_p = (policy, tokenizer, problems), settings.eval_top_p
+    rows = rollout.sample(*asked, samples, temperature=temperature, top_p=top_p, **how)
     greedy = rollout.sample(*asked, 1, temperature=0.0, **how)
     for answers in (rows, greedy):
         rollout.judge(answers, tokenizer, problems, verify)
@@ -163,15 +158,12 @@ def main(argv=None):
     log.metrics(0, {f"test_{name}": value for name, value in metrics.items()})
     log.samples(0, describe_samples(None, tokenizer, problems, rows, samples))
     log.close()
-    if not distributed.rank():
-        lines = "".join(json.dumps(result) + "\n" for result in results)
-        (run_dir / "results.jsonl").write_text(lines)
+    write_lines(run_dir / "results.jsonl", results)
 
     title = f"avg@{samples} at T = {settings.temperature:g}, top-p = {settings.eval_top_p:g}"
     lines = {title: metrics["accuracy"]}
     for k in sorted({2**i for i in range(1, samples.bit_length())} | {samples} - {1}):
-        chances = [pass_at_k(result["correct"], samples, k) for result in results]
-        lines[f"pass@{k}"] = fmean(chances)
+        lines[f"pass@{k}"] = fmean(pass_at_k(result["correct"], samples, k) for result in results)
     lines[f"maj@{samples}"] = metrics["majority"]
     print(f"\n{len(results)} problems")
     for title, value in (lines | {TITLES[name]: metrics[name] for name in TITLES}).items():

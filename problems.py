@@ -1,7 +1,4 @@
-"""What is asked: problems, put into the prompt, as token ids.
-
-Which files and fields are read as problems is written in system/files.py.
-"""
+"""What is asked: problems (of the files in system/files.py), put into the prompt, as token ids."""
 
 from system.equality import normalise, rational
 from system.files import load_problems
@@ -20,32 +17,25 @@ def prompted_problems(path, tokenizer, settings):
     return encode_prompts(problems, tokenizer, *how)
 
 
-def encode_prompts(
-    problems, tokenizer, template, prompt_length, chat_template=True, drop_long=False
-):
-    """Adds "prompt" (token ids) to each problem; returns those that are not too long.
+def encode_prompts(problems, tokenizer, template, longest, chat_template=True, drop_long=False):
+    """Adds "prompt" (token ids) to each problem; returns those of at most `longest` tokens.
     The prompt is the template filled in, or the problem's own chat messages. Where `chat_template`
     and the tokenizer has one, the user says it in the model's chat format, up to where the
-    assistant answers. Raises: BadInput if prompts are longer than `prompt_length` tokens and not
-    `drop_long`, or all are."""
+    assistant answers. Raises: BadInput if all are longer, or some are and not `drop_long`."""
     for problem in problems:
-        messages = problem.get("messages")
-        text = problem["problem"]
+        text, messages, flags = problem["problem"], problem.get("messages"), {}
         text = text if messages else template.replace("{problem}", text)
         if chat_template and tokenizer.chat_template:
             messages = messages or [{"role": "user", "content": text}]
             how = {"tokenize": False, "add_generation_prompt": True}
             text = tokenizer.apply_chat_template(messages, **how)
-            # The format writes its own BOS.
-            problem["prompt"] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            problem["prompt"] = tokenizer(text)["input_ids"]
-    good = [problem for problem in problems if 0 < len(problem["prompt"]) <= prompt_length]
-    bad = [problem for problem in problems if not 0 < len(problem["prompt"]) <= prompt_length]
+            flags = {"add_special_tokens": False}  # the format writes its own BOS
+        problem["prompt"] = tokenizer(text, **flags)["input_ids"]
+    good = [problem for problem in problems if 0 < len(problem["prompt"]) <= longest]
+    bad = [problem for problem in problems if not 0 < len(problem["prompt"]) <= longest]
     if bad:
-        said = f"{len(bad)} of {len(problems)} prompts are longer than --prompt_length"
-        said += f" {prompt_length} (or empty), the first, of {len(bad[0]['prompt'])} tokens:"
-        said += f" {bad[0].get('where', 'problem')} ({bad[0]['problem'][:40]!r})"
+        said = f"{len(bad)} of {len(problems)} prompts are longer than --prompt_length {longest}"
+        said += f" (or empty), the first, of {len(bad[0]['prompt'])} tokens: {bad[0]['where']}"
         require(good and drop_long, f"{said}; raise it, or --drop_long_prompts if some are good")
         print(f"warning: {said}: dropped")
     return good

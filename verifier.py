@@ -41,14 +41,10 @@ def extract_answer(text, bare_number=False):
         return number and number.group().rstrip(",")
     line = text.rfind("\n", 0, marks[-1].start()) + 1
     marks = [m for m in marks if m.start() >= line]
-    if len(marks) > MOST_STATED:
+    stated = [content_of(text, *pair) for pair in zip(marks, [*marks[1:], None])]
+    if None in stated or len(stated) > MOST_STATED:
         return None
-    stated = []
-    for mark, following in zip(marks, [*marks[1:], None]):
-        content = content_of(text, mark, following)
-        if content is None:
-            return None
-        stated += [content] if content.strip("* .$") else []
+    stated = [answer for answer in stated if answer.strip("* .$")]
     if not stated or any(len(answer) > LONGEST for answer in stated):
         return None
     *earlier, last = stated
@@ -63,9 +59,8 @@ def content_of(text, mark, following):
         stated = up_to_closing_brace(rest) if kind.endswith("{") else stated[0] if stated else None
         inside = None not in (stated, following) and following.start() < mark.end() + len(stated)
         return "" if inside else stated and stated.strip()
-    stated = line_after(text, mark.end())
     if following is None:
-        return stated
+        return line_after(text, mark.end())
     # "Answer: $\boxed{34}$", "Answer: she has \boxed{34}"
     before = text[mark.end() : following.start()].strip(" *=:$\n")
     return before if len(before) <= LONGEST and rational(normalise(before)) is not None else ""

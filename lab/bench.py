@@ -171,7 +171,6 @@ class Settings(train_vapo.Settings):
 
 @run.exit_on_bad_input
 def main(argv=None):
-    """Runs the script; returns its lines."""
     defaults = {"train": "-", "test": "-"}  # some parts need no problems
     asked = settings.parse(Settings, argv, __doc__, defaults)
     if set(asked.parts) - {"gae", "draw"}:

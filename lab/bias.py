@@ -8,9 +8,7 @@ critic it is wrong before the end, and advantages at λ = 0.95 inherit the error
 should on average be the mean outcome of the held-out answers that reach it.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import gae
 import model
@@ -37,7 +35,6 @@ class Settings(settings.Settings):
 
 @run.exit_on_bad_input
 def main(argv=None):
-    """Runs the script; returns the lines it wrote."""
     asked = settings.parse(Settings, argv, __doc__)
     asked.check()
     for name in ("before", "after", "answers", "out"):
@@ -58,8 +55,7 @@ def main(argv=None):
         sums = {name: column_BT[:, t].sum() for name, column_BT in columns.items()}
         means = {name: total / count_T[t] for name, total in sums.items()} | {"answers": count_T[t]}
         lines.append({"position": t} | {n: float(f"{x.item():.5g}") for n, x in means.items()})
-    with run.written_whole(Path(asked.out)) as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+    run.write_lines(asked.out, lines)
     return lines
 
 

@@ -46,8 +46,7 @@ class Live(TorchDispatchMode):
 @cache
 def imagined(path, weights, compute_dtype, checkpointing=False):
     """The causal LM of the config in `path`, of fake tensors; weights: the dtype that layers see.
-    Raises: BadInput without a config, a causal LM for it, or the gradient checkpointing asked for.
-    """
+    Raises: BadInput without a config, a causal LM for it, or the checkpointing asked for."""
     config, make = loaded(AutoConfig.from_pretrained, path), AutoModelForCausalLM.from_config
     with FAKE:
         network = loaded(lambda _, **how: make(config, dtype=weights), path).eval()

@@ -4,9 +4,8 @@
 
 Takes the flags of train_vapo.py and reads the model's config.json only. Parameters and activations
 come from dryrun.py, the rest from the formulas below. Policy and critic, float32, with gradients
-and AdamW's moments, are sharded over the GPUs (FSDP2). Every GPU has a whole copy of the policy to
-sample from, or with --engine vllm its part of one. All answers are as long as may be. GB are 10⁹
-bytes.
+and AdamW's moments, are sharded (FSDP2). Every GPU has a whole copy of the policy to sample from,
+or with --engine vllm its part of one. All answers are as long as may be. GB are 10⁹ bytes.
 """
 
 from dataclasses import dataclass, replace
@@ -67,11 +66,10 @@ def table_columns(prompt, response, several_waves):
     return columns
 
 
-def logit_bytes(tokens, words, width, size, backward, memory):
+def logit_bytes(tokens, words, width, size, memory, backward):
     """`logprobs.py` over N tokens: five slices and three copies of the hidden states; backward, the
     logits it keeps, and the gradients of output matrix and hidden states.
-    20 min(N V, slice_on_gpu) + 3 N D size  [+ 4 min(N V, max(KEEP, V D)) + V D size + 4 N D]
-    """
+    20 min(N V, slice_on_gpu) + 3 N D size [+ 4 min(N V, max(KEEP, V D)) + V D size + 4 N D]"""
     kept = 4 * min(tokens * words, max(logprobs.KEEP, words * width))
     slices = 20 * min(tokens * words, logprobs.slice_on_gpu(memory))
     held = slices + 3 * tokens * width * size
@@ -84,9 +82,8 @@ def table_bytes(answers, prompt, response):
 
 
 def forward_operations(body, attention, rows, start, end):
-    """Tokens `start` to `end`: rows · (2 · body · (end − start) + 2 · attention · (end² − start²)).
-    body: parameters of the layers; attention: layers · heads · width of a head. The token at
-    position i takes 4 · attention · i."""
+    """Of tokens `start` to `end` of each row; the one at position i takes 2 body + 4 attention · i.
+    body: parameters of the layers; attention: layers · heads · width of a head."""
     return rows * (2 * body * (end - start) + 2 * attention * (end**2 - start**2))
 
 
@@ -116,8 +113,7 @@ def shapes(asked):
     sampling, config = imagined(asked.model, dtype, dtype), training.config.get_text_config()
     length = asked.prompt_length + asked.response_length
     require_positions(config, length, asked.model)
-    networks = training, training.base_model
-    policy, trunk = (sum(p.numel() for p in network.parameters()) for network in networks)
+    policy, trunk = training.num_parameters(), training.base_model.num_parameters()
     first, last = training.get_input_embeddings().weight, training.get_output_embeddings().weight
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -160,10 +156,9 @@ def memory(asked):
         reading, tables = 0, (max(0, s.share - s.copied),) * 3
     _, scoring = activations(s.scoring, *s.scored, backward=False)
     kept, peak = activations(s.training, *s.micro)
-    tokens = [rows * min(length, asked.response_length) for rows, length in (s.scored, s.micro)]
-    how = (s.words, s.width, s.held)
-    scored, trained = (logit_bytes(count, *how, backward, asked.gpu_memory * 1e9)
-                       for count, backward in zip(tokens, (False, True)))  # fmt: skip
+    how = (s.words, s.width, s.held, asked.gpu_memory * 1e9)
+    scored, trained = (logit_bytes(rows * min(length, asked.response_length), *how, backward)
+                       for (rows, length), backward in ((s.scored, False), (s.micro, True)))
     # Whole weights: two layers, at work and on its way, and the embeddings; gradients, of one.
     gathered, more = (several * s.size * (n * s.layer + s.embeddings) for n in (2, 1))
     return {
@@ -208,15 +203,13 @@ def report(asked):
     """Prints the plan. Returns: {"gigabytes": of one GPU in each phase, "seconds", "fits"}."""
     s, parts, limit = shapes(asked), memory(asked), asked.gpu_memory * 1e9
     full = [sum(column) for column in zip(*parts.values())]
-    phases, (rows, length) = step(asked), s.micro
+    phases, (rows, length), response = step(asked), s.micro, asked.response_length
     seconds = sum(taken for _, taken in phases.values())
-    beside = f" on {asked.tensor_parallel} GPUs" * (asked.tensor_parallel > 1)
+    on = f" on {asked.tensor_parallel} GPUs" * (asked.tensor_parallel > 1)
     print(f"on paper: {asked.model}, {asked.gpus} x {asked.gpu_memory:g} GB")
-    said = f"answers of {asked.response_length:,} tokens"
-    print(f"policy {s.policy:,} parameters, critic {s.critic:,}; {said}")
-    said = f"{s.updates} updates of {s.updated} answers, {rows} x {length:,} tokens at once\n"
-    beside = f"{s.slots} side by side{beside}"
-    print(f"one GPU: {s.prompts} prompts, {s.answers} answers, {beside}; {said}")
+    print(f"policy {s.policy:,} parameters, critic {s.critic:,}; answers of {response:,} tokens")
+    print(f"one GPU: {s.prompts} prompts, {s.answers} answers, {s.slots} side by side{on}", end="")
+    print(f"; {s.updates} updates of {s.updated} answers, {rows} x {length:,} tokens at once\n")
     line("GB of one GPU", "sampling", "scoring", "update")
     for name, numbers in (parts | {"together": full}).items():
         line(name, *(f"{number / 1e9:.1f}" for number in numbers))
@@ -224,28 +217,24 @@ def report(asked):
     table = table_bytes(asked.prompts * asked.samples, asked.prompt_length, asked.response_length)
     print(f"CPU memory of each process: a rollout's table, {table / 1e9:.1f} GB, at most twice")
     if not s.slots:
-        said = f"vLLM's {asked.vllm_memory:.0%} (--vllm_memory) of a GPU have no room beside its"
-        print(f"{said} weights for one answer of {s.length:,} tokens")
+        print(f"--vllm_memory has no room beside its weights for one answer of {s.length:,} tokens")
     if max(full) > limit:
-        said = "--engine vllm --tensor_parallel N, more --gpus"
-        phase = list(LESS)[full.index(max(full))]
-        print(f"fullest: {phase}; less memory with {LESS[phase]}, {said}")
+        phase, less = list(LESS.items())[full.index(max(full))]
+        less = f"{less}, --engine vllm --tensor_parallel N, more --gpus"
+        print(f"fullest: {phase}; less memory with {less}")
     line("\none step, operations of one GPU")
     for name, (work, taken) in phases.items():
         line(name, f"{work / 1e15:,.0f} PFLOP", f"{taken:,.0f} s")
     line("together", "", f"{seconds / 3600:.2f} h")
-    print(
-        f"assumed: {COMPUTE_USE:.0%} of {asked.gpu_tflops:g} TFLOP/s, {BANDWIDTH_USE:.0%} of "
-        f"{asked.gpu_bandwidth:g} GB/s, prompts of {asked.prompt_length:,} tokens; no time\nfor "
-        "starting kernels, between GPUs, for verdicts and evaluations; no fragments of memory"
-    )
+    print(f"assumed: {COMPUTE_USE:.0%} of {asked.gpu_tflops:g} TFLOP/s, {BANDWIDTH_USE:.0%} of")
+    print(f"{asked.gpu_bandwidth:g} GB/s, prompts of {asked.prompt_length:,} tokens; no time for")
+    print("starting kernels, between GPUs, for verdicts and evaluations; no fragments of memory")
     fits = max(full) <= limit and s.slots > 0
     return {"gigabytes": tuple(number / 1e9 for number in full), "seconds": seconds, "fits": fits}
 
 
 @run.exit_on_bad_input
 def main(argv=None):
-    """Runs the script; returns what `report` does."""
     preset = settings.parse(Settings, argv, __doc__).preset
     asked = settings.parse(Settings, argv, __doc__, train_vapo.PRESETS[preset])
     asked.check()

@@ -33,9 +33,9 @@ class Settings(settings.Settings):
 # fmt: on
 
 
-def curve(lines, name):
+def curve(lines, name, x="step"):
     """[(step, number)] of a metric, where it was logged."""
-    return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    return [(line[x], line[name]) for line in lines if line.get(name) is not None]
 
 
 def summarise(lines, label):
@@ -93,7 +93,6 @@ def draw(path, size, panels, rows=1):
 
 @run.exit_on_bad_input
 def main(argv=None):
-    """Runs the script; returns the path of the picture."""
     argv = sys.argv[1:] if argv is None else argv
     positional = argv and not argv[0].startswith("-")
     asked = settings.parse(Settings, ["--runs", *argv] if positional else argv, __doc__)

@@ -67,14 +67,11 @@ def summarise(runs):
     best_dapo = max(y for _, y in mean_curve(runs["dapo"])) if "dapo" in runs else math.nan
     summary = {}
     for row, by_seed in runs.items():  # VAPO first
-        own, seconds, trained, answers = {}, [], [], []
-        for seed, lines in by_seed.items():
-            points = curve(lines, "test_accuracy")
-            own[seed] = points[-1][1]
-            answers.append(lines[-1]["answers"])
-            late = [y for x, y in curve(lines, "accuracy") if x >= 0.75 * lines[-1]["step"]]
-            trained.append(fmean(late))
-            seconds += [y for line in lines for name, y in line.items() if "seconds_" in name]
+        own = {seed: curve(lines, "test_accuracy")[-1][1] for seed, lines in by_seed.items()}
+        trained = [fmean(y for x, y in curve(lines, "accuracy") if x >= 0.75 * lines[-1]["step"])
+                   for lines in by_seed.values()]  # fmt: skip
+        logged = sum(by_seed.values(), [])
+        seconds = sum(y for line in logged for name, y in line.items() if "seconds_" in name)
         reached = [step for step, y in mean_curve(by_seed) if y >= best_dapo]
         last = by_seed[min(by_seed)][-1]
         updates = last["gradient_steps"] / last["step"]
@@ -83,8 +80,8 @@ def summarise(runs):
         summary[row] = {
             "accuracy": mean, "half": half, "finals": own, "seeds": len(own),
             "steps_to_dapo": round(reached[0] * updates) if reached else None,
-            "answers": fmean(answers), "minutes": sum(seconds) / len(own) / 60,
-            "training_accuracy": fmean(trained)}  # fmt: skip
+            "answers": fmean(lines[-1]["answers"] for lines in by_seed.values()),
+            "minutes": seconds / len(own) / 60, "training_accuracy": fmean(trained)}  # fmt: skip
         if paired := [own[seed] - vapo[seed] for seed in own if seed in vapo]:
             summary[row] |= zip(("difference", "difference_half"), mean_interval(paired))
     return summary
@@ -108,8 +105,7 @@ def table(summary, rows, paper):
 
 def provenance(out):
     """One line: how many runs, on which revisions, versions and machines."""
-    paths = (out / "raw").glob("*-*.jsonl")
-    ons = [lines_of(path)[0]["config"]["on"] for path in paths]
+    ons = [lines_of(path)[0]["config"]["on"] for path in (out / "raw").glob("*-*.jsonl")]
     told = [f"{name} {', '.join(sorted({str(on.get(name, '?')) for on in ons}))}"
             for name in ("revision", "torch", "device", "threads")]  # fmt: skip
     return f"{len(ons)} runs; {'; '.join(told)}."
@@ -123,7 +119,6 @@ def report(out):
     summary = summarise(runs)
     paths = out / "positions.jsonl", out / "raw" / "value.jsonl"
     positions, value = (lines_of(path) if path.exists() else [] for path in paths)
-    value = [line for line in value if "step" in line]
     text = ["# Results", "Written by `python ablate.py` from the files in raw/.", provenance(out)]
     shown = {group: [row for row in rows if row in summary] for group, rows in GROUPS.items()}
     if shown["paper"]:
@@ -131,22 +126,22 @@ def report(out):
     if shown["added"][1:]:
         text += ["## PPO with one piece", table(summary, shown["added"], {})]
     if shown["tuning"]:
-        lines = ["| | training accuracy | seeds |", "|---|---|---|"]
+        lines = ["## Learning rates, by the last quarter of training, on other seeds\n"]
+        lines += ["| | training accuracy | seeds |", "|---|---|---|"]
         for row, n in ((row, summary[row]) for row in shown["tuning"]):
             lines.append(f"| {TITLES[row]} | {n['training_accuracy']:.3f} | {n['seeds']} |")
-        text += [
-            "## Learning rates, by the last quarter of training, on other seeds",
-            "\n".join(lines),
-        ]
-    for name, sentence in draw_all(runs, summary, positions, value, out):
-        text += [f"![{name}]({name})", sentence]
+        text.append("\n".join(lines))
+    for name, there, sentence, size, panels in figures(runs, summary, positions, value):
+        if there:
+            draw(out / name, size, panels)
+            text += [f"![{name}]({name})", sentence]
     (out / "README.md").write_text("\n\n".join(text) + "\n")
     return summary
 
 
 # fmt: off
-def draw_all(runs, summary, positions, value, out):
-    """Draws what there is data for into OUT; returns [(file name, what to see in it)].
+def figures(runs, summary, positions, value):
+    """[(file, whether there is data for it, what to see in it, inches, panels of `draw`)].
     Args: summary, {row: numbers}; positions, the lines of bias.py; value, of value pretraining."""
     def by_steps(rows, name, title, *limits):
         return title, "gradient steps", partial(bands, runs, rows, name, limits)
@@ -154,11 +149,8 @@ def draw_all(runs, summary, positions, value, out):
     def fitting(title, *curves):
         return title, "optimiser steps", partial(draw_curves, curves)
 
-    def by_token(title, curves):
-        return title, "token position", partial(draw_curves, curves)
-
     vapo, single = "vapo" in runs, any(row.startswith("ppo_with_") for row in runs)
-    figures = [  # file, whether there is data for it, what to see in it, inches, panels of `draw`
+    return [
         ("methods.png", vapo,
          "Who learns fastest, and who is best at the end, at the same number of gradient steps.",
          (7.5, 4.5), [by_steps(RIVALS, "test_accuracy",
@@ -186,8 +178,9 @@ def draw_all(runs, summary, positions, value, out):
         ("bias.png", positions,
          "On held-out problems: a reward model as critic is off the dashed line before the end, so "
          "its advantages are not 0 on average.", (11, 3.8), [
-             by_token("mean V", means(positions, "value")),
-             by_token("mean advantage at λ = 0.95", means(positions, "advantage"))]),
+             ("mean V", "token position", partial(draw_curves, means(positions, "value"))),
+             ("mean advantage at λ = 0.95", "token position",
+              partial(draw_curves, means(positions, "advantage")))]),
         ("pretraining.png", value,
          "What value pretraining reaches on held-out problems.", (13, 3.6), [
              fitting("held-out value loss", (curve(value, "value_loss"), "o-", None)),
@@ -195,10 +188,6 @@ def draw_all(runs, summary, positions, value, out):
                      (curve(value, "best_explained_variance"), "k--", "the best possible")),
              fitting("first-slip AUC", (curve(value, "slip_auc"), "o-", None))]),
     ]
-    figures = [figure for figure in figures if figure[1]]
-    for name, _, _, size, panels in figures:
-        draw(out / name, size, panels)
-    return [(name, sentence) for name, _, sentence, *_ in figures]
 # fmt: on
 
 
@@ -249,20 +238,16 @@ def pieces(summary, axis):
 
 def means(positions, what):
     """Lines of VC-PPO's bias figure (arXiv 2503.01491 §3)."""
-
-    def points(name):
-        return [(line["position"], line[name]) for line in positions]
-
-    zero = [(t, 0) for t, _ in points("outcome")]
+    points = partial(curve, positions, x="position")
     outcome = (points("outcome"), "k--", "mean outcome of the answers that get there")
-    return [outcome if what == "value" else (zero, "k--", None),
+    zero = ([(t, 0) for t, _ in points("outcome")], "k--", None)
+    return [outcome if what == "value" else zero,
             (points(f"{what}_before"), "C0", "reward model as critic"),
             (points(f"{what}_after"), "C1", "after value pretraining")]  # fmt: skip
 
 
 @exit_on_bad_input
 def main(argv=None):
-    """Runs the script; returns what `report` does."""
     out = parse(Settings, argv, __doc__).out
     need("matplotlib", "scipy")
     summary = report(Path(out))

@@ -73,8 +73,7 @@ def or_bad_input(directory):
     if said := next(filter(None, distributed.all_ranks(failed)), None):
         if not distributed.rank():
             shutil.rmtree(directory.with_name(directory.name + ".tmp"), ignore_errors=True)
-        way = f"make room, then --resume {directory.parent.parent}; the ones before are whole"
-        raise BadInput(f"cannot write the checkpoint {directory} ({said}): {way}")
+        raise BadInput(f"cannot write the checkpoint {directory} ({said}): make room, --resume")
 
 
 def resume(run_dir, learners, generators):
@@ -87,14 +86,12 @@ def resume(run_dir, learners, generators):
     known = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
     try:
         for name, learner in learners.items():
-            state = {}  # a new optimiser has none yet that could be filled
+            own = {"state": {}, "param_groups": rest[f"{name}_groups"]}
             for i, parameter in enumerate(learner.network.parameters()):
-                start = f"{name}_optimizer/{i}/"
-                for what in (key.removeprefix(start) for key in known if key.startswith(start)):
-                    zeros = torch.zeros(()) if what == "step" else torch.zeros_like(parameter)
-                    state.setdefault(i, {})[what] = zeros
-            state = {"state": state, "param_groups": rest[f"{name}_groups"]}
-            learner.optimizer.load_state_dict(state)
+                if f"{name}_optimizer/{i}/step" in known:  # a new optimiser has none to be filled
+                    moments = {m: torch.zeros_like(parameter) for m in ("exp_avg", "exp_avg_sq")}
+                    own["state"][i] = {"step": torch.zeros(())} | moments
+            learner.optimizer.load_state_dict(own)
             learner.scheduler.load_state_dict(rest[f"{name}_scheduler"])
         tensors = tensors_of(learners)  # are filled in place
         dcp.load(tensors, checkpoint_id=directory, no_dist=distributed.world() == 1)
@@ -132,8 +129,7 @@ def newest(run_dir):
         if not (wrong := damage(directory)):
             return directory
         print(f"warning: the checkpoint {directory} is damaged ({wrong}): taking the one before")
-    said = f"all checkpoints in {run_dir}/checkpoint are damaged: start again with another --out"
-    require(not there, said)
+    require(not there, f"all checkpoints of {run_dir} are damaged: start again in another --out")
 
 
 def remove(run_dir):
@@ -188,8 +184,7 @@ def read(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds
-        said = f"{path} is damaged ({distributed.first_line(error)}): remove it to start again"
-        raise BadInput(said) from None
+        raise BadInput(f"{path} is damaged ({distributed.first_line(error)}): remove it") from None
 
 
 def keep_bad_batch(run_dir, step, number, batch, metrics, in_a_row):
@@ -197,29 +192,25 @@ def keep_bad_batch(run_dir, step, number, batch, metrics, in_a_row):
     path = Path(run_dir) / "bad_batches" / f"step-{step:06d}-{number}.pt"
     write(path, {"batch": batch, "metrics": metrics})
     broken = ", ".join(name for name, value in metrics.items() if not math.isfinite(value))
-    said = f"rollout {step}, optimiser step {number} is skipped, {broken} not finite"
-    tqdm.write(f"warning: {said}; its batch is in {path}")
-    said = f"{in_a_row} optimiser steps in a row were not finite ({broken}): look at the batches"
-    said += f" in {path.parent}; start again with a lower --lr, --critic_lr or --max_grad_norm"
-    require(in_a_row < MAX_BAD_STEPS, said)
+    tqdm.write(f"warning: rollout {step}: a step is skipped, {broken} not finite; see {path}")
+    said = f"{in_a_row} optimiser steps in a row were not finite ({broken}): see {path.parent}"
+    require(in_a_row < MAX_BAD_STEPS, f"{said}; lower --lr, --critic_lr or --max_grad_norm")
 
 
 def export(model, tokenizer, directory):
     """Rank 0 saves model and tokenizer as a directory, all or nothing. Raises: BadInput."""
-    directory, model = Path(directory), distributed.unsharded_network(model)
-    beside, before = (directory.with_name(directory.name + end) for end in (".tmp", ".old.tmp"))
+    directory, weights = Path(directory), distributed.unsharded_weights(model)
+    beside = directory.with_name(directory.name + ".tmp")  # the new one and, in the end, the old
     with distributed.rank_0_first():  # the others may read it afterwards
         if distributed.rank():
             return
         shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(before, ignore_errors=True)
         try:
-            model.save_pretrained(beside)
-            tokenizer.save_pretrained(beside)
+            model.save_pretrained(beside / "new", state_dict=weights)
+            tokenizer.save_pretrained(beside / "new")
             if directory.exists():
-                directory.replace(before)
-            beside.replace(directory)
-            shutil.rmtree(before, ignore_errors=True)
+                directory.replace(beside / "old")
+            (beside / "new").replace(directory)
         except (OSError, SafetensorError) as error:
             said = f"cannot write {directory} ({distributed.first_line(error)})"
             raise BadInput(f"{said}: mend that, or give another --out") from None

@@ -100,10 +100,9 @@ def name_missing_ranks(error):
             store = dist.TCPStore(*where, timeout=timedelta(seconds=15))  # torchrun's
             store.set(f"{ended}{rank()}", "")
             time.sleep(15)  # as soon as one has ended, torchrun ends the others
-            silent = [str(i) for i in range(world()) if not store.check([f"{ended}{i}"])]
+            silent = ", ".join(str(i) for i in range(world()) if not store.check([f"{ended}{i}"]))
             if silent and not rank():
-                said = f"dead, hanging or ended: rank {', '.join(silent)}"
-                print(f"error on rank 0: {said}", file=sys.stderr, flush=True)
+                print(f"error on rank 0: dead, hanging or ended: rank {silent}", file=sys.stderr)
 
 
 def all_ranks(value):
@@ -149,8 +148,6 @@ def add_up(*tensors):
 
 def add_numbers(numbers):
     """A dict of numbers summed over the ranks; of names that end in `_max`, the largest."""
-    if world() == 1:
-        return numbers
     everyone = all_ranks(numbers)
     rule = {name: max if name.endswith("_max") else sum for name in numbers}
     return {name: rule[name](own[name] for own in everyone) for name in numbers}
@@ -181,15 +178,11 @@ def shard(network, device, bfloat16=False, head=None):
     weights = {} if rank() else network.state_dict()
     buffers = from_rank_0(None if rank() else dict(network.named_buffers()))
     network.to("meta").tie_weights()
-    how = {"mesh": dist.init_device_mesh(device.type, (world(),))}
-    low = fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    precision = {"mp_policy": low} if bfloat16 else {}
+    mesh, low = dist.init_device_mesh(device.type, (world(),)), (torch.bfloat16, torch.float32)
     layers = [part for part in network.modules() if isinstance(part, GradientCheckpointingLayer)]
-    if head is not None:
-        fsdp.fully_shard(head, **how)
-    for part in (*layers, network):
-        fsdp.fully_shard(part, **how, **precision)
-    for part in (part for part in network.modules() if isinstance(part, fsdp.FSDPModule)):
+    for part in filter(None, (head, *layers, network)):
+        precision = fsdp.MixedPrecisionPolicy(*low if bfloat16 and part is not head else ())
+        fsdp.fully_shard(part, mesh=mesh, mp_policy=precision)
         # A mini-batch's weights sum to one over all ranks: gradients are summed, not averaged.
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
@@ -220,18 +213,11 @@ def unsharded(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def unsharded_network(network):
-    """An ordinary network with a sharded one's weights, on rank 0's CPU (None elsewhere)."""
+def unsharded_weights(network):
+    """A sharded network's weights, the tied ones once, on rank 0's CPU; None of an ordinary one."""
     if not isinstance(network, fsdp.FSDPModule):
-        return network
+        return None
     to_0 = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = state_dict.get_model_state_dict(network, options=to_0)
-    if rank():
-        return None
-    _, _, kind, *_ = type(network).__mro__  # FSDPLlama…, FSDPModule, Llama…
-    with torch.device("meta"):
-        plain = kind(network.config)
-    plain.load_state_dict(weights, assign=True)
-    plain.tie_weights()
-    plain.generation_config = getattr(network, "generation_config", None)
-    return plain
+    tied = network.all_tied_weights_keys  # {name: the name under which it is saved}
+    return {name: weight for name, weight in weights.items() if name not in tied}

@@ -38,24 +38,21 @@ def problem_of(row, where):
         has = f"has {', '.join(map(str, row))}" if isinstance(row, dict) else "is no object"
         wanted = ", or ".join(" and ".join(pair) for pair in FIELDS)
         raise BadInput(f"{where}: wants the fields {wanted}; {has}"[:400])
-    name, answer_name = pairs[0]
-    text, answer, messages = row[name], row[answer_name], {}
+    name, key = pairs[0]
+    text, answer, messages = row[name], row[key], {}
     if name == "prompt":
         listed = isinstance(text, list) and all(isinstance(message, dict) for message in text)
         chat = listed and {type(m.get(n)) for m in text for n in ("role", "content")} == {str}
-        said = "must be a list of chat messages, each with role and content"
-        require(chat, f'{where}: "prompt" {said}')
+        require(chat, f'{where}: "prompt" must be a list of chat messages (role and content)')
         messages["messages"] = [{n: message[n] for n in ("role", "content")} for message in text]
         text = "\n\n".join(message["content"] for message in text)
-        answer_name = "reward_model.ground_truth"
+        key = "reward_model.ground_truth"
         answer = answer.get("ground_truth") if isinstance(answer, dict) else None
-    said = f'{where}: "{name}" must be a text, and not empty'
-    require(isinstance(text, str) and text.strip(), said)
+    require(isinstance(text, str) and text.strip(), f'{where}: "{name}" must be a text, not empty')
     if name == "question" and isinstance(answer, str):
         answer = answer.rpartition("####")[2].strip()
     usable = type(answer) in (str, int) or (type(answer) is float and math.isfinite(answer))
-    said = f'{where}: "{answer_name}" must be a text or a number, and not empty'
-    require(usable and str(answer).strip(), said)
+    require(usable and str(answer).strip(), f'{where}: "{key}" must be a text or number, not empty')
     return {"problem": text, "answer": str(answer)} | messages
 
 
@@ -75,9 +72,8 @@ def rows_of(path):
         except csv.Error as error:
             raise BadInput(f"{path}, line {reader.line_num}: not CSV ({error})") from None
     else:
-        is_json = kind == ".json"
-        rows = parsed(text_of(path), path) if is_json else rows_by_datasets(path, is_file, name)
-        require(not is_json or isinstance(rows, list), f"{path}: wants a list of problems")
+        rows = parsed(text_of(path), path) if kind == ".json" else by_datasets(path, is_file, name)
+        require(kind != ".json" or isinstance(rows, list), f"{path}: wants a list of problems")
         yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
@@ -86,8 +82,7 @@ def text_of(path):
     try:
         return Path(path).read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise BadInput(f"cannot read the problems {path}: {said}") from None
+        raise BadInput(f"cannot read the problems {path}: {error}") from None
 
 
 def parsed(text, where):
@@ -98,14 +93,13 @@ def parsed(text, where):
         raise BadInput(f"{where}: not JSON ({error})") from None
 
 
-def rows_by_datasets(path, is_file, name):
+def by_datasets(path, is_file, name):
     """The rows of a parquet file or, by its matched `name`, of a hub data set."""
     try:
         import datasets
     except ImportError:
         what = "is read" if is_file else "is no file; if it is a name on the hub, it is read"
-        what += " by the package datasets: pip install datasets"
-        raise BadInput(f"{path} {what}") from None
+        raise BadInput(f"{path} {what} by the package datasets: pip install datasets") from None
     try:
         if is_file:
             return datasets.Dataset.from_parquet(path)

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout  # torch needs it too
 from tqdm import tqdm
 
-from system.run import BadInput
+from system.run import BadInput, write_lines
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,8 +32,7 @@ def call(script, argv, log):
 def side_by_side(jobs, workers):
     """Runs functions without arguments, `workers` at a time (0: as many as there are cores).
     Args: {name: function}. Yields: (name, what it returned, BadInput or None), as they end."""
-    known = hasattr(os, "sched_getaffinity")  # macOS has only cpu_count
-    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     pool = ThreadPoolExecutor(workers or cores)
     names = {pool.submit(job): name for name, job in jobs.items()}
     try:
@@ -54,22 +53,16 @@ def locked(directory):
         with FileLock(directory / "lock", timeout=0):
             yield
     except Timeout:
-        said = "let it finish, or give another --runs and --out"
-        raise BadInput(f"another ablate.py is at work in {directory}: {said}") from None
+        raise BadInput(f"another ablate.py is at work in {directory}: let it finish") from None
 
 
-def lines_of(path):
+def lines_of(path, **how):
     """The lines of a .jsonl file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line, **how) for line in path.read_text().splitlines()]
 
 
 def keep(run_dir, path):
     """Copies a run's metrics.jsonl to `path`, five digits a number, after its config.json."""
-    lines = [{"config": json.loads((run_dir / "config.json").read_text())}]
-    for numbers in lines_of(run_dir / "metrics.jsonl"):
-        short = {n: float(f"{v:.5g}") for n, v in numbers.items() if isinstance(v, float)}
-        lines.append(numbers | short)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    beside.replace(path)
+    config = {"config": json.loads((run_dir / "config.json").read_text())}
+    short = {"parse_float": lambda digits: float(f"{float(digits):.5g}")}
+    write_lines(path, [config, *lines_of(run_dir / "metrics.jsonl", **short)])

@@ -13,6 +13,7 @@ import re
 import select
 import subprocess
 import sys
+from contextlib import suppress
 
 if __name__ != "__main__":  # the child has no use for them
     from system.equality import equal, normalise, rational
@@ -45,23 +46,18 @@ class MathEquality:
         how |= {"text": True, "start_new_session": True}  # Ctrl-C is not for it
         self.child = subprocess.Popen(command, **how)
         works = self.answer("2\\sqrt{2}", "\\sqrt{8}", seconds=120)  # it imports sympy first
-        said = f"Math-Verify does not work in {self.megabytes} MB of memory, or not at all"
-        require(works, f"{said}: try python -c 'import math_verify'")
+        require(works, f"Math-Verify does not work in {self.megabytes} MB: try to import it")
 
     def answer(self, stated, reference, seconds):
         """What the child answers to a question; None if nothing in time: then it is killed."""
-        try:
+        with suppress(BrokenPipeError):
             print(json.dumps([stated, reference]), file=self.child.stdin, flush=True)
             readable, _, _ = select.select([self.child.stdout], [], [], seconds)
-            line = self.child.stdout.readline() if readable else ""
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            self.close()  # the next question starts another
-        return json.loads(line) if line else None
+            if readable and (line := self.child.stdout.readline()):
+                return json.loads(line)
+        self.close()  # the next question starts another
 
     def close(self):
-        """Kills the child, if there is one."""
         if self.child:
             self.child.kill()
             self.child.communicate()
@@ -82,8 +78,7 @@ def serve(megabytes):
     boxed = [math_verify.LatexExtractionConfig(**how)]
 
     def read(answer):
-        how = {"fallback_mode": "no_fallback", "parsing_timeout": None}
-        return math_verify.parse(f"\\boxed{{{answer}}}", boxed, **how)
+        return math_verify.parse(f"\\boxed{{{answer}}}", boxed, "no_fallback", parsing_timeout=None)
 
     for line in sys.stdin:
         try:

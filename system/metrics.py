@@ -1,14 +1,12 @@
 """Numbers of a rollout's optimiser steps: summed over micro-batches, averaged over steps."""
 
-import torch
-
 
 def add(sums, found, micro):
     """Adds a micro-batch's numbers (scalar tensors), and its size; of names in _max, the larger."""
-    size = torch.tensor(micro["token_BL"].numel())
-    for name, value in (found | {"padded_tokens": size}).items():
+    for name, value in found.items():
         before, value = sums.get(name, 0.0), value.item()
         sums[name] = max(before, value) if name.endswith("_max") else before + value
+    sums["padded_tokens"] = sums.get("padded_tokens", 0) + micro["token_BL"].numel()
 
 
 def of_mini_batch(sums, batch):

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -83,8 +83,7 @@ def on_signal(number, frame):
     """Notes that the process is to stop; again, some seconds later, stops it at once."""
     if not STOP:
         STOP.extend([signal.Signals(number), time.time()])
-        said = "finishing this step and saving; once more to stop at once"
-        print(f"\n{STOP[0].name}: {said}", file=sys.stderr)
+        print(f"\n{STOP[0].name}: finishing this step; once more to stop at once", file=sys.stderr)
     elif time.time() - STOP[1] > 3:  # Ctrl-C under torchrun comes twice at once
         raise KeyboardInterrupt
 
@@ -113,14 +112,13 @@ def pick_device(name):
         device = torch.device(auto if name == "auto" else name)
     except RuntimeError as error:
         raise BadInput(f"--device {name}: {error}") from None
-    available = device.type != "cuda" or auto == "cuda"
-    require(available, f"--device {name}: this machine has no CUDA device")
-    if device.type == "cuda" and distributed.world() > 1:
-        said = "under torchrun each process has its own; leave the number out"
-        require(device.index is None, f"--device {name}: {said}")
+    if device.type != "cuda":
+        return device
+    require(auto == "cuda", f"--device {name}: this machine has no CUDA device")
+    if distributed.world() > 1:
+        require(device.index is None, "--device: each process has its own; leave the number out")
         here, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        said = f"{here} processes for the {there} GPUs of this machine"
-        require(here <= there, f"{said}: torchrun --nproc_per_node {there}")
+        require(here <= there, f"{here} processes for the {there} GPUs: --nproc_per_node {there}")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     return device
@@ -128,8 +126,7 @@ def pick_device(name):
 
 def seeded_generator(seed, purpose, device="cpu"):
     """A torch.Generator for one purpose: equal for equal (seed, purpose), else unrelated."""
-    drawn = random.Random(f"{purpose} {seed}").getrandbits(63)
-    return torch.Generator(device).manual_seed(drawn)
+    return torch.Generator(device).manual_seed(random.Random(f"{purpose} {seed}").getrandbits(63))
 
 
 def kernel(function, compile, device):
@@ -169,14 +166,13 @@ def timed(seconds, name):
 
 def describe(device):
     """Revision, versions and device, for the record beside the numbers."""
-    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    git, revision = ["git", "-C", str(Path(__file__).parent.parent)], "unknown"
     how = {"capture_output": True, "text": True, "timeout": 10}
-    try:  # dirty: the code differs; results that ablate.py writes into the tree do not count
+    # dirty: the code differs; results that ablate.py writes into the tree do not count
+    with suppress(OSError, subprocess.TimeoutExpired):
         name = subprocess.run([*git, "describe", "--always", "--abbrev=12"], **how).stdout.strip()
         differs = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], **how).returncode
         revision = name + "-dirty" * (differs == 1) if name else "unknown"
-    except (OSError, subprocess.TimeoutExpired):
-        revision = "unknown"
     cuda, processor = device.type == "cuda", platform.processor() or platform.machine()
     return {
         "revision": revision, "python": platform.python_version(), "torch": torch.__version__,
@@ -207,12 +203,18 @@ def write_json(path, value):
             file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
+def write_lines(path, values):
+    """Writes a .jsonl file, whole or not at all. Rank 0 does."""
+    if not distributed.rank():
+        with written_whole(Path(path)) as file:
+            file.writelines(json.dumps(value).encode() + b"\n" for value in values)
+
+
 def step_of(line):
     """The step of a line of a .jsonl log; infinite if it was not written whole."""
-    try:
+    with suppress(ValueError, KeyError, TypeError):
         return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+    return math.inf
 
 
 class Log:
@@ -256,8 +258,7 @@ class Log:
             yield
         except OSError as error:
             if not self.warned:
-                said = f"cannot write the log in {self.run_dir} ({error}); the run goes on"
-                print(f"warning: {said}", file=sys.stderr)
+                print(f"warning: cannot write the log ({error}); the run goes on", file=sys.stderr)
             self.warned = True
 
     def close(self):

