@@ -6,8 +6,8 @@
     python ablate.py --out runs/again/results --runs runs/again   # from nothing
     python ablate.py --quick                        # everything once in small: a smoke test
 
-1. One embedded world, one reward model in it, and one critic pretrained from that, as in the paper;
-   with value pretraining a run starts from the critic, without from the reward model.
+1. One embedded world, one reward model in it, and one critic pretrained from that, as in the paper,
+   in OUT/start. With value pretraining a run starts from the critic, without from the reward model.
 2. Each run is `python train_vapo.py` with one row's flags, on one core; a killed run is resumed, a
    finished one never repeated.
 3. A finished run's metrics.jsonl is copied to OUT/raw. From those files `python -m lab.report`
@@ -72,8 +72,8 @@ GROUPS["tuning"] = [row for row in ROWS if "_lr_" in row]
 class Settings(flags.Settings):
     rows: list[str] = flag(["paper"], f"rows, or groups of rows: {', '.join(GROUPS)}")
     seeds: list[int] = flag([0, 1, 2, 3, 4], "seeds of every row")
-    out: str = flag("results", "directory for the table, the figures and raw/ (a file a run)")
-    runs: str = flag("runs/ablate", "directory for the world, the critics and the runs")
+    out: str = flag("results", "directory for table, figures, raw/ (a file a run), start/")
+    runs: str = flag("runs/ablate", "directory for the runs")
     jobs: int = flag(0, "runs side by side, one core each; 0: one a core", NOT_NEGATIVE)
     quick: bool = flag(False, "all in small, seed 0, into RUNS/quick; its numbers mean nothing")
 
@@ -91,16 +91,16 @@ def row_settings(row, seed, quick=False):
     return PRESETS[own.get("preset", "vapo")] | common | small | own
 
 
-def run_flags(row, seed, runs, quick=False):
-    """The flags of `train_vapo.py` for one row and seed: the world's, the row's, its files."""
-    own = ROWS[row][1]
-    preset, files = own.get("preset", "vapo"), {"out": runs / f"{row}-{seed}"}
+def run_flags(row, seed, start, quick=False):
+    """The flags of `train_vapo.py` for one row and seed: the world's, the row's, its critic's."""
+    own, files = ROWS[row][1], {}
+    preset = own.get("preset", "vapo")
     if own.get("value_pretraining", preset in ("vapo", "vc_ppo")):
-        files["critic"] = runs / "value" / "critic"
+        files["critic"] = start / "value" / "critic"
     elif preset not in ("grpo", "dapo"):
-        files["reward_model"] = runs / "reward_model" / "critic"
+        files["reward_model"] = start / "reward_model" / "critic"
     settings = row_settings(row, seed, quick)
-    return [f"@{runs}/world/train_vapo.args", *to_flags(settings | files)]
+    return [f"@{start}/world/train_vapo.args", *to_flags(settings | files)]
 
 
 def is_there(path, where, row, seed, quick):
@@ -116,35 +116,30 @@ def is_there(path, where, row, seed, quick):
     return path.exists()
 
 
-def prepare(runs, out, quick):
-    """World, reward model and critic, unless they are there; their curves go to OUT/raw."""
-    world = runs / "world"
-    settings = WORLD | (QUICK_WORLD if quick else {}) | {"out": world}
-    jobs.call("toy.py", to_flags(settings), f"{world}.log")
-    reward_model, answers = runs / "reward_model" / "critic", runs / "reward_model" / "answers.pt"
+def prepare(start, out, quick):
+    """World, reward model and critic in OUT/start, unless they are there: they are kept with the
+    results, so that runs on other machines, which round otherwise, start alike."""
+    world, log = start / "world", f"{start}/log"
+    jobs.call("toy.py", to_flags(WORLD | (QUICK_WORLD if quick else {}) | {"out": world}), log)
+    reward_model, answers = start / "reward_model" / "critic", start / "reward_model" / "answers.pt"
     value = VALUE | {"init": reward_model, "reuse_answers": answers}
     for name, own in {"reward_model": REWARD_MODEL, "value": value}.items():
-        own |= (QUICK_VALUE if quick else {}) | {"device": "cpu", "out": runs / name}
-        if not (runs / name / "critic").exists():
-            print(f"fitting {name}: see {runs / name}.log", flush=True)
-            argv = [f"@{world}/train_value.args", *to_flags(own)]
-            jobs.call("train_value.py", argv, f"{runs / name}.log")
-        kept, fresh = out / "raw" / f"{name}.jsonl", runs / f"{name}.jsonl"
-        jobs.keep(runs / name, fresh)
-        same = not kept.exists() or jobs.lines_of(kept)[1:] == jobs.lines_of(fresh)[1:]
-        require(same, f"{out} has runs of another {name} (machine, version): give another --out")
-        jobs.keep(runs / name, kept)
+        own |= (QUICK_VALUE if quick else {}) | {"device": "cpu", "out": start / name}
+        if not (start / name / "critic").exists():
+            print(f"fitting {name}: see {log}", flush=True)
+            jobs.call("train_value.py", [f"@{world}/train_value.args", *to_flags(own)], log)
     if not (out / "positions.jsonl").exists():
-        own = {"before": reward_model, "after": runs / "value" / "critic", "answers": answers,
+        own = {"before": reward_model, "after": start / "value" / "critic", "answers": answers,
                "device": "cpu", "out": out / "positions.jsonl"}  # fmt: skip
-        jobs.call("lab.bias", to_flags(own), f"{runs}/bias.log")
+        jobs.call("lab.bias", to_flags(own), log)
 
 
-def run(row, seed, runs, out, quick):
+def run(row, seed, start, runs, out, quick):
     """One run from where it stands to its end. Returns: its last held-out accuracy."""
     run_dir = runs / f"{row}-{seed}"
     there = is_there(run_dir / "config.json", run_dir, row, seed, quick)
-    argv = [f"--resume={run_dir}"] if there else run_flags(row, seed, runs, quick)
+    fresh = [*run_flags(row, seed, start, quick), f"--out={run_dir}"]
+    argv = [f"--resume={run_dir}"] if there else fresh
     jobs.call("train_vapo.py", argv, f"{run_dir}.log")
     path = out / "raw" / f"{row}-{seed}.jsonl"
     jobs.keep(run_dir, path)
@@ -161,6 +156,7 @@ def main(argv=None):
     runs, out, seeds = Path(settings.runs), Path(settings.out), settings.seeds
     if settings.quick:
         runs, out, seeds = runs / "quick", runs / "quick" / "results", [0]
+    start = out / "start"
     report = partial(jobs.call, "lab.report", [f"--out={out}"], runs / "report.log")
     pairs = [(row, seed) for seed in seeds for row in rows]
     raw = {pair: out / "raw" / f"{pair[0]}-{pair[1]}.jsonl" for pair in pairs}
@@ -169,8 +165,8 @@ def main(argv=None):
     failed = []
     if waiting:
         with jobs.locked(runs):
-            prepare(runs, out, settings.quick)
-            work = {pair: partial(run, *pair, runs, out, settings.quick) for pair in waiting}
+            prepare(start, out, settings.quick)
+            work = {pair: partial(run, *pair, start, runs, out, settings.quick) for pair in waiting}
             for (row, seed), accuracy, error in jobs.side_by_side(work, settings.jobs):
                 failed += [f"{row}, seed {seed}: {error}"] if error else []
                 tqdm.write(failed[-1] if error else f"{row}, seed {seed}: {accuracy:.3f}")

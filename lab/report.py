@@ -117,7 +117,7 @@ def report(out):
     if not runs:
         return {}
     summary = summarise(runs)
-    paths = out / "positions.jsonl", out / "raw" / "value.jsonl"
+    paths = out / "positions.jsonl", out / "start" / "value" / "metrics.jsonl"
     positions, value = (lines_of(path) if path.exists() else [] for path in paths)
     text = ["# Results", "Written by `python ablate.py` from the files in raw/.", provenance(out)]
     shown = {group: [row for row in rows if row in summary] for group, rows in GROUPS.items()}

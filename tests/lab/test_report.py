@@ -77,10 +77,13 @@ def test_single_pieces_learning_rates_and_the_critic_are_told_apart(tmp_path):
     ]
     out = kept(tmp_path, {
         "vapo-0": curve(0.4, 0.8), "ppo-0": curve(0.2, 0.3),
-        "ppo_with_positive_nll-0": curve(0.2, 0.5), "value": value,
+        "ppo_with_positive_nll-0": curve(0.2, 0.5),
         "ppo_lr_0.0001-100": curve(0.1, 0.2, 0.4, 0.6),
         "ppo_lr_0.0001-101": curve(0.2, 0.2, 0.2, 0.2),
     })  # fmt: skip
+    (out / "start" / "value").mkdir(parents=True)
+    text = "".join(json.dumps(line) + "\n" for line in value)
+    (out / "start" / "value" / "metrics.jsonl").write_text(text)
     report.main([f"--out={out}"])
     text = (out / "README.md").read_text()
     single, rates = text.partition("## PPO with one piece")[2].split("## Learning rates")
@@ -88,7 +91,8 @@ def test_single_pieces_learning_rates_and_the_critic_are_told_apart(tmp_path):
     # The last quarter of 8 rollouts is 6, 7 and 8: trained at half of 0.4, 0.6, 0.6, mean 0.2667;
     # the other seed 0.1: together 0.183.
     assert "| ppo, lr 0.0001 | 0.183 | 2 |" in rates and "pieces.png" in text
-    assert (out / "pieces.png").stat().st_size > 5000
+    for name in ("pieces.png", "pretraining.png"):
+        assert (out / name).stat().st_size > 5000
 
 
 def test_one_run_alone_is_no_reason_to_fail(tmp_path):
@@ -111,7 +115,8 @@ def test_intervals_by_hand():
 
 def test_the_results_in_this_repository_are_what_their_raw_files_say(tmp_path):
     (tmp_path / "raw").symlink_to(RESULTS / "raw")
-    (tmp_path / "positions.jsonl").symlink_to(RESULTS / "positions.jsonl")
+    for name in ("positions.jsonl", "start"):
+        (tmp_path / name).symlink_to(RESULTS / name)
     report.main([f"--out={tmp_path}"])
     again, stored = (out / "README.md" for out in (tmp_path, RESULTS))
     assert again.read_text().split() == stored.read_text().split()
