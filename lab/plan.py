@@ -226,8 +226,9 @@ def report(asked):
     for name, (work, taken) in phases.items():
         line(name, f"{work / 1e15:,.0f} PFLOP", f"{taken:,.0f} s")
     line("together", "", f"{seconds / 3600:.2f} h")
-    print(f"assumed: {COMPUTE_USE:.0%} of {asked.gpu_tflops:g} TFLOP/s, {BANDWIDTH_USE:.0%} of")
-    print(f"{asked.gpu_bandwidth:g} GB/s, prompts of {asked.prompt_length:,} tokens; no time for")
+    compute = f"{COMPUTE_USE:.0%} of {asked.gpu_tflops:g} TFLOP/s"
+    reading = f"{BANDWIDTH_USE:.0%} of {asked.gpu_bandwidth:g} GB/s"
+    print(f"assumed: {compute}, {reading}, prompts of {asked.prompt_length:,} tokens; no time for")
     print("starting kernels, between GPUs, for verdicts and evaluations; no fragments of memory")
     fits = max(full) <= limit and s.slots > 0
     return {"gigabytes": tuple(number / 1e9 for number in full), "seconds": seconds, "fits": fits}

@@ -93,8 +93,7 @@ def resume(run_dir, learners, generators):
                     own["state"][i] = {"step": torch.zeros(())} | moments
             learner.optimizer.load_state_dict(own)
             learner.scheduler.load_state_dict(rest[f"{name}_scheduler"])
-        tensors = tensors_of(learners)  # are filled in place
-        dcp.load(tensors, checkpoint_id=directory, no_dist=distributed.world() == 1)
+        dcp.load(tensors_of(learners), checkpoint_id=directory, no_dist=distributed.world() == 1)
     except (ValueError, KeyError, RuntimeError, dcp.api.CheckpointException) as error:
         wrong = cause(error)
         if not isinstance(wrong, (ValueError, KeyError)) and "Missing key" not in str(wrong):
@@ -107,7 +106,7 @@ def resume(run_dir, learners, generators):
 
 
 def tensors_of(learners):
-    """Weights and optimiser states as one flat dict of tensors, each rank's share of them."""
+    """Weights and optimiser states, a flat dict of each rank's own tensors: dcp.load fills them."""
     tensors = {}
     for name, learner in learners.items():
         weights = learner.network.state_dict()
