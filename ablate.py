@@ -116,22 +116,18 @@ def is_there(path, where, row, seed, quick):
     return path.exists()
 
 
-def prepare(start, out, quick):
+def prepare(start, quick):
     """World, reward model and critic in OUT/start, unless they are there: they are kept with the
     results, so that runs on other machines, which round otherwise, start alike."""
     world, log = start / "world", f"{start}/log"
     jobs.call("toy.py", to_flags(WORLD | (QUICK_WORLD if quick else {}) | {"out": world}), log)
-    reward_model, answers = start / "reward_model" / "critic", start / "reward_model" / "answers.pt"
-    value = VALUE | {"init": reward_model, "reuse_answers": answers}
+    scores = start / "reward_model"
+    value = VALUE | {"init": scores / "critic", "reuse_answers": scores / "answers.pt"}
     for name, own in {"reward_model": REWARD_MODEL, "value": value}.items():
-        own |= (QUICK_VALUE if quick else {}) | {"device": "cpu", "out": start / name}
+        own = own | (QUICK_VALUE if quick else {}) | {"device": "cpu", "out": start / name}
         if not (start / name / "critic").exists():
             print(f"fitting {name}: see {log}", flush=True)
             jobs.call("train_value.py", [f"@{world}/train_value.args", *to_flags(own)], log)
-    if not (out / "positions.jsonl").exists():
-        own = {"before": reward_model, "after": start / "value" / "critic", "answers": answers,
-               "device": "cpu", "out": out / "positions.jsonl"}  # fmt: skip
-        jobs.call("lab.bias", to_flags(own), log)
 
 
 def run(row, seed, start, runs, out, quick):
@@ -165,7 +161,7 @@ def main(argv=None):
     failed = []
     if waiting:
         with jobs.locked(runs):
-            prepare(start, out, settings.quick)
+            prepare(start, settings.quick)
             work = {pair: partial(run, *pair, start, runs, out, settings.quick) for pair in waiting}
             for (row, seed), accuracy, error in jobs.side_by_side(work, settings.jobs):
                 failed += [f"{row}, seed {seed}: {error}"] if error else []

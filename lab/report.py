@@ -117,8 +117,8 @@ def report(out):
     if not runs:
         return {}
     summary = summarise(runs)
-    paths = out / "positions.jsonl", out / "start" / "value" / "metrics.jsonl"
-    positions, value = (lines_of(path) if path.exists() else [] for path in paths)
+    path = out / "start" / "value" / "metrics.jsonl"
+    value = lines_of(path) if path.exists() else []
     text = ["# Results", "Written by `python ablate.py` from the files in raw/.", provenance(out)]
     shown = {group: [row for row in rows if row in summary] for group, rows in GROUPS.items()}
     if shown["paper"]:
@@ -131,7 +131,7 @@ def report(out):
         for row, n in ((row, summary[row]) for row in shown["tuning"]):
             lines.append(f"| {TITLES[row]} | {n['training_accuracy']:.3f} | {n['seeds']} |")
         text.append("\n".join(lines))
-    for name, there, sentence, size, panels in figures(runs, summary, positions, value):
+    for name, there, sentence, size, panels in figures(runs, summary, value):
         if there:
             draw(out / name, size, panels)
             text += [f"![{name}]({name})", sentence]
@@ -140,9 +140,9 @@ def report(out):
 
 
 # fmt: off
-def figures(runs, summary, positions, value):
+def figures(runs, summary, value):
     """[(file, whether there is data for it, what to see in it, inches, panels of `draw`)].
-    Args: summary, {row: numbers}; positions, the lines of bias.py; value, of value pretraining."""
+    Args: summary, {row: numbers}; value, the lines of value pretraining."""
     def by_steps(rows, name, title, *limits):
         return title, "gradient steps", partial(bands, runs, rows, name, limits)
 
@@ -175,12 +175,6 @@ def figures(runs, summary, positions, value):
          "each dashed line.", (8.5, 4.5), [
              ("held-out accuracy with one piece taken from VAPO, or given to PPO", "accuracy",
               partial(pieces, summary))]),
-        ("bias.png", positions,
-         "On held-out problems: a reward model as critic is off the dashed line before the end, so "
-         "its advantages are not 0 on average.", (11, 3.8), [
-             ("mean V", "token position", partial(draw_curves, means(positions, "value"))),
-             ("mean advantage at λ = 0.95", "token position",
-              partial(draw_curves, means(positions, "advantage")))]),
         ("pretraining.png", value,
          "What value pretraining reaches on held-out problems.", (13, 3.6), [
              fitting("held-out value loss", (curve(value, "value_loss"), "o-", None)),
@@ -234,16 +228,6 @@ def pieces(summary, axis):
                 axis.scatter(fmean(numbers), y + shift, s=50, color=color, label=shown)
     axis.set_yticks(range(len(names)), [PIECES[name] for name in names])
     axis.set_xlim(-0.02, 1)
-
-
-def means(positions, what):
-    """Lines of VC-PPO's bias figure (arXiv 2503.01491 §3)."""
-    points = partial(curve, positions, x="position")
-    outcome = (points("outcome"), "k--", "mean outcome of the answers that get there")
-    zero = ([(t, 0) for t, _ in points("outcome")], "k--", None)
-    return [outcome if what == "value" else zero,
-            (points(f"{what}_before"), "C0", "reward model as critic"),
-            (points(f"{what}_after"), "C1", "after value pretraining")]  # fmt: skip
 
 
 @exit_on_bad_input

@@ -297,7 +297,8 @@ QUICK = [
     ("rollout.py", "prompt_lengths.repeat_interleave(samples)", "prompt_lengths.repeat(samples)",
      SAMPLED),
     ("rollout.py", "token_BL[own, end : end + longest] =", "token_BL[own, -longest:] =", SAMPLED),
-    ("rollout.py", "slice(i * samples, (i + 1) * samples)", "slice(i, None, len(prompts))", SAMPLED),
+    ("rollout.py", "slice(i * samples, (i + 1) * samples)", "slice(i, None, len(prompts))",
+     SAMPLED),
     # ★ `generate` that keeps the model's own generation_config
     ("system/generate.py", "policy.generation_config, GenerationConfig()",
      "policy.generation_config, policy.generation_config",
@@ -382,7 +383,7 @@ QUICK = [
     # ★ a verifier that takes any last number, a first answer, or half of one
     ("verifier.py", "if bare_number else [None]", "if True else [None]", VERDICTS),
     ("verifier.py", "*earlier, last = stated", "last, *earlier = stated", ONE_LINE),
-    ("verifier.py", "if content is None:", "if False:", VERDICTS),
+    ("verifier.py", "if None in stated or", "if", VERDICTS),
     ("verifier.py", "all(answer == last or equal(answer, last) for answer in earlier)", "True",
      VERDICTS),
     ("verifier.py", "text.rfind(\"\\n\", 0, marks[-1].start()) + 1", "0", VERDICTS),
@@ -390,7 +391,7 @@ QUICK = [
     ("verifier.py", "0 < len(answer) <= LONGEST", "len(answer) <= LONGEST", VERDICTS),
     ("verifier.py", "text = SPECIAL_TOKEN.sub(\"\", text[-TAIL:])", "text = text[-TAIL:]",
      VERDICTS),
-    ("verifier.py", "if len(marks) > MOST_STATED:", "if False:", ONE_LINE),
+    ("verifier.py", "or len(stated) > MOST_STATED:", ":", ONE_LINE),
 
     ("toy.py", "order[1:] + order[:1]", "order[2:] + order[:2]", "test_toy.py"),
     ("toy.py", "[c for c in LETTERS if c != right]", "LETTERS", "test_toy.py"),
@@ -402,7 +403,7 @@ QUICK = [
 ]
 # Those that need a training run.
 SLOW = [
-    ("evaluate.py", "top_p=settings.eval_top_p", "top_p=1.0", EVALUATED),
+    ("evaluate.py", "problems), settings.eval_top_p", "problems), 1.0", EVALUATED),
     ("evaluate.py", '(settings, verify, 1.0, f"evaluation',
      '(settings, verify, settings.temperature, f"evaluation', EVALUATED),
     ("evaluate.py", "rollout.sample(*asked, 1, temperature=0.0, **how)",
