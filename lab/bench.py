@@ -26,7 +26,6 @@ import train_vapo
 from lab.dryrun import Live
 from system import loading, run, settings
 from system.settings import flag
-from system.slots import draw
 from train_value import value_gradients
 
 
@@ -79,18 +78,6 @@ def bench_gae(asked, device, generator):
 
     ours = partial(gae.gae, reward_BT, value_BT, mask_BT, lam_B)
     return "GAE, 512 x 4096", "a loop over the tokens", ours, loop
-
-
-def bench_draw(asked, device, generator):
-    """One token for each of 64 rows of logits over the 151,936 words of Qwen2."""
-    logit_RV = torch.randn(64, 151_936, device=device, generator=generator)
-
-    def multinomial():
-        logp_RV = logit_RV.log_softmax(-1)
-        return logp_RV.gather(1, torch.multinomial(logp_RV.exp(), 1, generator=generator))
-
-    ours = partial(draw, logit_RV, generator)
-    return "draw, 64 rows", "log_softmax + multinomial", ours, multinomial
 
 
 def sample(sampler, tokenizer, problems, asked, generator):
@@ -156,7 +143,7 @@ def bench_update(asked, device, generator):
 
 
 # fmt: off
-PARTS = {"gae": bench_gae, "draw": bench_draw, "sampling": partial(bench_sampling, "hf"),
+PARTS = {"gae": bench_gae, "sampling": partial(bench_sampling, "hf"),
          "update": bench_update, "vllm": partial(bench_sampling, "vllm")}
 
 
@@ -173,7 +160,7 @@ class Settings(train_vapo.Settings):
 def main(argv=None):
     defaults = {"train": "-", "test": "-"}  # some parts need no problems
     asked = settings.parse(Settings, argv, __doc__, defaults)
-    if set(asked.parts) - {"gae", "draw"}:
+    if set(asked.parts) - {"gae"}:
         defaults |= toy.defaults("train_vapo", asked.model)
         asked = settings.parse(Settings, argv, __doc__, defaults)
     asked.check()

@@ -18,6 +18,7 @@ import transformers
 import model
 import toy
 import train_vapo
+from ablate import to_flags
 from lab import bench, plan
 from lab.dryrun import Live
 from system import jobs, loading, run, settings
@@ -41,24 +42,21 @@ class Settings(settings.Settings):
 
 
 def commands(asked, device, out, large):
-    """{what is tried: (script, flags)}; large: the settings of the random model."""
-    kind, small = device.type, SMALL | {"device": device.type}
-    own = {} if asked.quick else {"prompts": 32, "samples": 16, "mini_batch": 64}
-    runs = {"main command": small if asked.quick else {"device": kind}}
-    runs |= {f"preset {name}": small | {"preset": name} for name in train_vapo.PRESETS}
-    runs["preset dapo"]["dynamic_sampling"] = 100
-    runs |= {"compiled": small | own | {"compile": True}, "eager": small | own | {"compile": False}}
-    runs["sampler in bfloat16"] = small | {"dtype": "bfloat16"}
-    tests = ["tests/test_gae.py", "tests/test_losses.py"] if asked.quick else ["-k", kind]
+    """{what is tried: (script, flags)}; large: the settings of the random model, as flags."""
+    tests = ["tests/test_gae.py", "tests/test_losses.py"] if asked.quick else ["-k", device.type]
     found = {"tests on the device": ("pytest", ["-q", "--no-header", *tests])}
-    for name, flags in runs.items():
-        flags = {"out": out / name.replace(" ", "_")} | flags
-        found[name] = ("train_vapo.py", [f"--{n}={value}" for n, value in flags.items()])
-    together = ["--standalone", f"--nproc_per_node={max(2, torch.cuda.device_count())}"]
-    if kind == "cpu" or torch.cuda.device_count() > 1:
-        flags = [f"--{n}={v}" for n, v in (small | {"out": out / "FSDP2"}).items()]
-        found["FSDP2"] = ("torch.distributed.run", [*together, "train_vapo.py", *flags])
-    for name, flags in {"toy": [f"--device={kind}"], "0.5B": large}.items():
+    runs = {f"preset {name}": {"preset": name} for name in train_vapo.PRESETS}
+    runs["preset dapo"]["dynamic_sampling"] = 100
+    runs |= {"compiled": {"compile": True}, "eager": {"compile": False}, "FSDP2": {}}
+    runs |= {"bfloat16": {"dtype": "bfloat16"}, "main command": {}}
+    for name, own in runs.items():
+        own |= {} if name == "main command" and not asked.quick else SMALL
+        own |= {"device": device.type, "out": out / name.replace(" ", "_")}
+        found[name] = ("train_vapo.py", to_flags(own))
+    each = max(1 + (device.type == "cpu"), torch.cuda.device_count())
+    together = ["--standalone", f"--nproc_per_node={each}", "train_vapo.py"]
+    found["FSDP2"] = ("torch.distributed.run", together + found["FSDP2"][1])
+    for name, flags in {"toy": [f"--device={device.type}"], "0.5B": large}.items():
         own = ["--parts", "sampling", "update", f"--json={out}/{name}.json", "--repeats=2"]
         found[f"bench, {name}"] = ("lab.bench", [*flags, *own])
     return found
@@ -72,10 +70,10 @@ def large_model(asked, device, out):
     config = transformers.Qwen2Config(**(TINY if asked.quick else QWEN) | ends)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
-    flags = world | {"model": out / "model", "device": device.type, "prompts": 16, "samples": 16}
-    flags |= {"mini_batch": 64, "micro_batch_tokens": 16_384, "response_length": 512}
-    flags |= {"prompts": 2, "samples": 4, "response_length": 16} if asked.quick else {}
-    return [f"--{name}={value}" for name, value in flags.items()]
+    flags = world | {"model": out / "model", "device": device.type, "prompts": 16, "samples": 16,
+                     "micro_batch_tokens": 16_384, "response_length": 512}  # fmt: skip
+    small = {"prompts": 2, "samples": 4, "response_length": 16, "mini_batch": 4}
+    return to_flags(flags | (small if asked.quick else {}))
 
 
 def device_limits(device, quick):
