@@ -135,9 +135,9 @@ def train_base(world, step, tokenizer, problems, progress=True):
 # What each script is told here: `python train_vapo.py` is `… @runs/toy/train_vapo.args`. The
 # learning rates suit a model of 200,000 parameters, α suits answers of tens of tokens.
 SETTINGS = {
-    "train_value": {"lr": 1e-3, "answers": 4096, "samples": 8, "micro_batch_tokens": 4096},
+    "train_value": {"lr": 1e-3, "answers": 4096, "samples": 8, "micro_batch_tokens": 1024},
     "train_vapo": {"lr": 4e-4, "critic_lr": 5e-4, "alpha": 0.5, "pretrain_lr": 1e-3,
-                   "pretrain_passes": 8, "micro_batch_tokens": 4096},
+                   "pretrain_passes": 8, "micro_batch_tokens": 1024},
     "evaluate": {},
 }  # fmt: skip
 

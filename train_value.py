@@ -89,7 +89,7 @@ def objective_columns(rows, objective):
     """(target_BT, mask_BT, shift): what V is fitted to, the return target_t = R, where, and whether
     V is read before (0) or after (1) a token."""
     mask_BT = table.response_mask(rows)
-    target_BT = rows["reward_B"][:, None] * mask_BT
+    target_BT = rows["reward_B"][:, None] * mask_BT  # piece 1: the outcome, at every token
     if objective == "value":
         return target_BT, mask_BT, 0
     t_T = torch.arange(mask_BT.shape[1])
@@ -304,7 +304,7 @@ def starting_critic(settings, run_dir, policy):
     if reward_model == "fit":
         reward_model = fitted("reward_model", objective="reward")
         answers = str(Path(run_dir) / "reward_model" / "answers.pt")
-    if settings.value_pretraining:
+    if settings.value_pretraining:  # piece 1, §4.1
         return fitted("value", init=reward_model, reuse_answers=answers)
     return reward_model or settings.model
 

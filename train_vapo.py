@@ -15,9 +15,10 @@ PPO with seven changes, each with a flag that turns it off:
 6. positive NLL          plus μ times the NLL of the correct answers
 7. group sampling        few prompts, many samples each; off: as many prompts, one sample
 
-A batch's way, top to bottom in this file: `train` samples, `score` and `advantages` look at the
-rollout, `weights`, `value_gradients` and `policy_gradients` at each optimiser mini-batch. What a
-row is, is in table.py; the equations in gae.py, losses.py, logprobs.py and dapo.py.
+Read `train` first; the functions above it are in the order of its calls: `score` and `advantages`
+of the rollout, `weights` and `policy_gradients` of each optimiser mini-batch (`value_gradients` is
+in train_value.py). What a row is, is in table.py; the equations are in gae.py, losses.py,
+logprobs.py and dapo.py.
 """
 
 import time
@@ -71,7 +72,7 @@ class Settings(flags.TrainingSettings):
     critic: str = flag("", "start from this pretrained critic, as it is; empty: pretrain one")
     reward_model: str = flag("", "start the critic from this reward model; fit: from one made here")
 
-    value_pretraining: bool = flag(True, "1: pretrain the critic")
+    value_pretraining: bool = flag(True, "1: pretrain the critic; off: --reward_model, or V = 0")
     decoupled_gae: bool = flag(True, "2: λ of its own for the critic's targets; off: the policy's")
     length_adaptive_gae: bool = flag(True, "3: λ_policy = 1 - 1/(alpha l); off: --lam_policy")
     token_level_loss: bool = flag(True, "4: tokens weigh the same in the loss; off: answers do")
@@ -180,8 +181,8 @@ def weights(batch, settings):
     Each sums to one over the whole of it: made before it is cut into micro-batches (§4.2)."""
     mask_BT = table.response_mask(batch)
     how = "token" if settings.token_level_loss else "sample"  # piece 4
-    policy_BT = mask_BT * batch["stop_B"][:, None] if settings.mask_truncated else mask_BT
-    batch["policy_weight_BT"] = losses.token_weights(policy_BT, how)
+    kept_BT = mask_BT * batch["stop_B"][:, None] if settings.mask_truncated else mask_BT
+    batch["policy_weight_BT"] = losses.token_weights(kept_BT, how)
     batch["critic_weight_BT"] = losses.token_weights(mask_BT, "token")
     correct_BT = mask_BT * batch["correct_B"][:, None]
     batch["nll_weight_BT"] = losses.token_weights(correct_BT, "token")  # piece 6
@@ -191,20 +192,19 @@ def policy_gradients(policy, batch, settings):
     """Adds the gradients of L_PPO + μ L_NLL over a mini-batch. Returns: this rank's metrics."""
     eps_high = settings.eps_high if settings.clip_higher else settings.eps_low  # piece 5, §4.3
     mu = settings.mu if settings.positive_nll else 0.0  # piece 6, §4.3
-    policy_loss = run.kernel(losses.policy_loss, settings.compile, policy.device)
-    clip = (settings.eps_low, eps_high)
-    sums = {}
+    loss_of = run.kernel(losses.policy_loss, settings.compile, policy.device)
+    eps, sums = (settings.eps_low, eps_high), {}
     for index in distributed.deal(table.micro_batches(batch, settings.micro_batch_tokens)):
         micro = table.take(batch, index, policy.device)
         logp_BT, _ = model.policy_logprobs(policy, micro, settings.temperature, settings.compile)
         old_logp_BT, adv_BT = micro["old_logp_BT"], micro["adv_BT"]
-        loss_BT = policy_loss(logp_BT, old_logp_BT, adv_BT, *clip) * micro["policy_weight_BT"]
+        loss_BT = loss_of(logp_BT, old_logp_BT, adv_BT, *eps) * micro["policy_weight_BT"]
         ppo = (loss_BT * micro["importance_BT"]).sum()
         nll = (losses.nll_loss(logp_BT) * micro["nll_weight_BT"]).sum()
         (ppo + mu * nll).backward()
         found = {"policy_loss": ppo, "nll_loss": nll}
         mask_BT = table.response_mask(micro)
-        found |= losses.ratio_metrics(logp_BT, old_logp_BT, adv_BT, mask_BT, *clip)
+        found |= losses.ratio_metrics(logp_BT, old_logp_BT, adv_BT, mask_BT, *eps)
         metrics.add(sums, found, micro)
     return sums
 
@@ -253,16 +253,16 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems)
                 weights(batch, settings)  # piece 4
                 sums = {}
                 if critic:
-                    clip = settings.value_clip or None
-                    sums["value_loss"] = value_gradients(critic, batch, settings, clip)
+                    value_clip = settings.value_clip or None
+                    sums["value_loss"] = value_gradients(critic, batch, settings, value_clip)
                 sums |= policy_gradients(policy, batch, settings)  # pieces 5 and 6
-                numbers = metrics.of_mini_batch(distributed.add_numbers(sums), batch)
-                made = step_or_skip(learners, numbers)
+                update = metrics.of_mini_batch(distributed.add_numbers(sums), batch)
+                made = step_or_skip(learners, update)  # clip, AdamW, schedule; gradients to zero
                 progress["bad_steps"] = 0 if made else progress["bad_steps"] + 1
                 if not made:
-                    bad = (batch, numbers, progress["bad_steps"])
+                    bad = (batch, update, progress["bad_steps"])
                     checkpoint.keep_bad_batch(run_dir, step, len(updates), *bad)
-                updates.append(numbers | {"bad_steps": float(not made)})
+                updates.append(update | {"bad_steps": float(not made)})
             loading.update_sampler(sampler, policy)
 
         progress |= {"step": step, "sampled": progress["sampled"] + drawn["answers"]}
