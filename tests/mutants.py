@@ -215,7 +215,7 @@ QUICK = [
     ("train_vapo.py", 'mask_BT * batch["stop_B"][:, None] if', "mask_BT if",
      "test_vapo.py::test_masked_truncated_answers_have_no_weight_for_the_policy_and_all_for_the_"
      "critic"),
-    ("train_vapo.py", "token_weights(policy_BT, how)", "token_weights(mask_BT, how) * policy_BT",
+    ("train_vapo.py", "token_weights(kept_BT, how)", "token_weights(mask_BT, how) * kept_BT",
      "test_vapo.py::test_masked_truncated_answers_have_no_weight_for_the_policy_and_all_for_the_"
      "critic"),
     # ★ DAPO's punishment beside rewards of 1 and 0
