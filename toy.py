@@ -137,7 +137,8 @@ def train_base(world, step, tokenizer, problems, progress=True):
 SETTINGS = {
     "train_value": {"lr": 1e-3, "answers": 4096, "samples": 8, "micro_batch_tokens": 1024},
     "train_vapo": {"lr": 4e-4, "critic_lr": 5e-4, "alpha": 0.5, "pretrain_lr": 1e-3,
-                   "pretrain_passes": 8, "micro_batch_tokens": 1024},
+                   "pretrain_answers": 2048, "pretrain_passes": 6, "micro_batch_tokens": 1024,
+                   "eval_every": 10},
     "evaluate": {},
 }  # fmt: skip
 
