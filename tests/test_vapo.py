@@ -339,6 +339,7 @@ def test_the_ratio_is_one_at_the_first_update_and_moves_later(world, tmp_path):
     assert several["approx_kl"] > 1e-6
 
 
+@pytest.mark.slow
 def test_a_compiled_run_equals_an_eager_one(world, tmp_path, monkeypatch):
     names, compiled = [], run_file.compiled
 

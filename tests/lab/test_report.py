@@ -120,7 +120,7 @@ def test_the_results_in_this_repository_are_what_their_raw_files_say(tmp_path):
     again, stored = (out / "README.md" for out in (tmp_path, RESULTS))
     assert again.read_text().split() == stored.read_text().split()
     names = re.findall(r"\]\((\w+\.png)\)", again.read_text())
-    assert len(names) == 7 and all((tmp_path / name).stat().st_size > 5000 for name in names)
+    assert len(names) == 5 and all((tmp_path / name).stat().st_size > 5000 for name in names)
 
 
 def test_without_runs_it_writes_nothing_and_without_matplotlib_it_says_so(
