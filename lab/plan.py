@@ -67,11 +67,11 @@ def table_columns(prompt, response, several_waves):
 
 
 def logit_bytes(tokens, words, width, size, memory, backward):
-    """`logprobs.py` over N tokens: five slices and three copies of the hidden states; backward, the
+    """`logprobs.py` over N tokens: four slices and three copies of the hidden states; backward, the
     logits it keeps, and the gradients of output matrix and hidden states.
-    20 min(N V, slice_on_gpu) + 3 N D size [+ 4 min(N V, max(KEEP, V D)) + V D size + 4 N D]"""
+    16 min(N V, slice_on_gpu) + 3 N D size [+ 4 min(N V, max(KEEP, V D)) + V D size + 4 N D]"""
     kept = 4 * min(tokens * words, max(logprobs.KEEP, words * width))
-    slices = 20 * min(tokens * words, logprobs.slice_on_gpu(memory))
+    slices = 16 * min(tokens * words, logprobs.slice_on_gpu(memory))
     held = slices + 3 * tokens * width * size
     return held + backward * (kept + words * width * size + 4 * tokens * width)
 

@@ -51,7 +51,10 @@ def exit_on_bad_input(main):
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
-            return main(argv)
+            result = main(argv)
+            if distributed.world() > 1:  # threads of a group still there can abort an exit
+                distributed.dist.destroy_process_group()
+            return result
         except BadInput as error:
             rank, code = os.environ.get("RANK", "0"), 2
             who = f" on rank {rank}" if rank != "0" else ""

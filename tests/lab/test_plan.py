@@ -303,7 +303,7 @@ def test_a_plan_says_what_it_said_before(large, capsys):
     for line in (
         "policy 32,763,876,352 parameters, critic 31,985,313,793; answers of 20,480 tokens",
         "one GPU: 8 prompts, 128 answers, 128 side by side; 16 updates of 8 answers, 1 x 21,504",
-        "together                                   1248.7           96.3          551.2",
+        "together                                   1248.7           96.3          550.7",
         "updates                               1,280 PFLOP        3,235 s",
         "together                                                  2.27 h",
     ):
