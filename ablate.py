@@ -112,7 +112,7 @@ def is_there(path, where, row, seed, quick):
         had = had.get("config", had)["settings"] | {"device": "cpu"}
         wanted.pop("reward_model", None)  # "fit" in a preset, a directory here
         differ = ", ".join(name for name, value in wanted.items() if had.get(name) != value)
-        require(not differ, f"{where} has another {differ} than {row} has now: remove it")
+        require(not differ, f"{where} has another {differ} than {row} has now: use another --out")
     return path.exists()
 
 
