@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 
-from ablate import GROUPS, PIECES, ROWS, Settings
+from ablate import GROUPS, ROWS, Settings
 from lab.plot import curve, draw, draw_curves, need
 from system.jobs import lines_of
 from system.run import exit_on_bad_input
@@ -68,8 +68,6 @@ def summarise(runs):
     summary = {}
     for row, by_seed in runs.items():  # VAPO first
         own = {seed: curve(lines, "test_accuracy")[-1][1] for seed, lines in by_seed.items()}
-        trained = [fmean(y for x, y in curve(lines, "accuracy") if x >= 0.75 * lines[-1]["step"])
-                   for lines in by_seed.values()]  # fmt: skip
         logged = sum(by_seed.values(), [])
         seconds = sum(y for line in logged for name, y in line.items() if "seconds_" in name)
         reached = [step for step, y in mean_curve(by_seed) if y >= best_dapo]
@@ -81,7 +79,7 @@ def summarise(runs):
             "accuracy": mean, "half": half, "finals": own, "seeds": len(own),
             "steps_to_dapo": round(reached[0] * updates) if reached else None,
             "answers": fmean(lines[-1]["answers"] for lines in by_seed.values()),
-            "minutes": seconds / len(own) / 60, "training_accuracy": fmean(trained)}  # fmt: skip
+            "minutes": seconds / len(own) / 60}  # fmt: skip
         if paired := [own[seed] - vapo[seed] for seed in own if seed in vapo]:
             summary[row] |= zip(("difference", "difference_half"), mean_interval(paired))
     return summary
@@ -120,17 +118,8 @@ def report(out):
     path = out / "start" / "value" / "metrics.jsonl"
     value = lines_of(path) if path.exists() else []
     text = ["# Results", "Written by `python ablate.py` from the files in raw/.", provenance(out)]
-    shown = {group: [row for row in rows if row in summary] for group, rows in GROUPS.items()}
-    if shown["paper"]:
-        text += [ACCURACY, table(summary, shown["paper"], PAPER)]
-    if shown["added"][1:]:
-        text += ["## PPO with one piece", table(summary, shown["added"], {})]
-    if shown["tuning"]:
-        lines = ["## Learning rates, by the last quarter of training, on other seeds\n"]
-        lines += ["| | training accuracy | seeds |", "|---|---|---|"]
-        for row, n in ((row, summary[row]) for row in shown["tuning"]):
-            lines.append(f"| {TITLES[row]} | {n['training_accuracy']:.3f} | {n['seeds']} |")
-        text.append("\n".join(lines))
+    if shown := [row for row in GROUPS["paper"] if row in summary]:
+        text += [ACCURACY, table(summary, shown, PAPER)]
     for name, there, sentence, size, panels in figures(runs, summary, value):
         if there:
             draw(out / name, size, panels)
@@ -149,7 +138,7 @@ def figures(runs, summary, value):
     def fitting(title, *curves):
         return title, "optimiser steps", partial(draw_curves, curves)
 
-    vapo, single = "vapo" in runs, any(row.startswith("ppo_with_") for row in runs)
+    vapo = "vapo" in runs
     return [
         ("methods.png", vapo,
          "Who learns fastest, and who is best at the end, at the same number of gradient steps.",
@@ -170,11 +159,6 @@ def figures(runs, summary, value):
          "Each bar left is the paper's, right ours; sorted by the paper's.", (11, 4.7), [
              ("paper: AIME 2024, avg@32 (%)", "", partial(bars, summary, False)),
              ("here: held-out accuracy (%)", "", partial(bars, summary, True))]),
-        ("pieces.png", single,
-         "What one piece does alone, and what the others cannot make up for: its distance from "
-         "each dashed line.", (8.5, 4.5), [
-             ("held-out accuracy with one piece taken from VAPO, or given to PPO", "accuracy",
-              partial(pieces, summary))]),
         ("pretraining.png", value,
          "What value pretraining reaches on held-out problems.", (13, 3.6), [
              fitting("held-out value loss", (curve(value, "value_loss"), "o-", None)),
@@ -209,25 +193,6 @@ def bars(summary, ours, axis):
     colors = ["C1" if row in ("ppo", "dapo") else "C0" for row in rows]
     axis.barh(range(len(rows)), numbers, xerr=half, color=colors)
     axis.set_yticks(range(len(rows)), ["" if ours else TITLES[row] for row in rows])
-
-
-def pieces(summary, axis):
-    """VAPO without each piece, PPO with it: a small dot a seed, a large one their mean."""
-    names = [piece for piece in PIECES if f"ppo_with_{piece}" in summary][::-1]
-    finals = {row: list(numbers["finals"].values()) for row, numbers in summary.items()}
-    for color, end, prefix, label, shift in (
-        ("C0", "vapo", "no_", "VAPO without it", 0.12),
-        ("C1", "ppo", "ppo_with_", "PPO with it alone", -0.12),
-    ):
-        if end in finals:
-            axis.axvline(fmean(finals[end]), color=color, ls="--", lw=1, label=TITLES[end])
-        for y, name in enumerate(names):
-            if numbers := finals.get(prefix + name):
-                at, shown = [y + shift] * len(numbers), None if y else label
-                axis.scatter(numbers, at, s=10, color=color, alpha=0.5)
-                axis.scatter(fmean(numbers), y + shift, s=50, color=color, label=shown)
-    axis.set_yticks(range(len(names)), [PIECES[name] for name in names])
-    axis.set_xlim(-0.02, 1)
 
 
 @exit_on_bad_input

@@ -74,14 +74,28 @@ def test_every_row_of_the_paper_changes_the_outcome_of_one_step_and_nothing_else
         assert moved.abs().max() > 1e-6, row
 
 
-def test_ppo_with_one_piece_is_ppo_but_for_that_piece(runs):
-    assert len(ablate.GROUPS["added"]) == 8
-    for row in ablate.GROUPS["added"][1:]:
-        piece = row.removeprefix("ppo_with_")
-        start = {"critic", "reward_model"} if piece == "value_pretraining" else set()
-        assert changed(row, "ppo", runs) == {piece} | start, row
-        assert getattr(settings_of(row, runs), piece)
-        assert not getattr(settings_of("ppo", runs), piece)
+def test_the_cube_is_all_combinations_and_nothing_else_changes(runs):
+    assert len(set(ablate.GROUPS["cube"])) == 128
+    vapo, ppo = "cube_1111111", "cube_0000000"
+    assert changed(vapo, "vapo", runs) == set(ablate.CUBE_RUN)
+    assert changed(ppo, "ppo", runs) == {"preset", *ablate.CUBE_RUN}
+    assert changed("cube_1010110", vapo, runs) == {
+        "decoupled_gae", "clip_higher", "group_sampling"}  # fmt: skip
+    assert changed("cube_0111111", vapo, runs) == {"value_pretraining", "critic", "reward_model"}
+    assert "--lr=0.0001" in ablate.run_flags(vapo, 1, runs)  # half, and half in no other row
+    assert "--lr=0.0002" in ablate.run_flags("vapo", 1, runs)
+
+
+@pytest.mark.parametrize("runs_done", (16, 32, 64, 128))
+def test_a_part_of_the_cube_is_a_regular_fraction_of_resolution_four(runs_done):
+    """Signs ±1: any two main effects, and a main effect and any interaction of two, are orthogonal
+    in the runs that come first."""
+    done = [row.removeprefix("cube_") for row in ablate.GROUPS["cube"][:runs_done]]
+    sign_NP = torch.tensor([[2.0 * int(bit) - 1 for bit in bits] for bits in done])
+    assert ablate.syndrome("0100010") == 2 ^ 6 and {"1111111", "0000000"} <= set(done)
+    pair_NQ = torch.stack([sign_NP[:, i] * sign_NP[:, j] for i in range(7) for j in range(i)], 1)
+    assert torch.equal(sign_NP.T @ sign_NP, runs_done * torch.eye(7))
+    assert not (sign_NP.T @ pair_NQ).any() and not sign_NP.sum(0).any()
 
 
 def test_a_row_in_several_seeds_says_so_in_its_flags(runs):
@@ -183,6 +197,12 @@ def test_two_at_once_do_not_take_the_same_run(tmp_path, calls, capsys):
     assert error.value.code == 2 and "another ablate.py is at work" in said and not calls
     ablate.main(flags)
     assert calls == [("vapo", 0, False)]
+
+
+def test_the_cube_has_two_seeds_unless_asked(tmp_path, calls, monkeypatch):
+    monkeypatch.setitem(ablate.GROUPS, "cube", ["cube_1111111"])
+    ablate.main(flags_of(tmp_path, "cube"))
+    assert [(row, seed) for row, seed, _ in calls] == [("cube_1111111", 0), ("cube_1111111", 1)]
 
 
 def test_an_unknown_row_is_refused(capsys):

@@ -77,22 +77,12 @@ def test_single_pieces_learning_rates_and_the_critic_are_told_apart(tmp_path):
     ]
     out = kept(tmp_path, {
         "vapo-0": curve(0.4, 0.8), "ppo-0": curve(0.2, 0.3),
-        "ppo_with_positive_nll-0": curve(0.2, 0.5),
-        "ppo_lr_0.0001-100": curve(0.1, 0.2, 0.4, 0.6),
-        "ppo_lr_0.0001-101": curve(0.2, 0.2, 0.2, 0.2),
     })  # fmt: skip
     (out / "start" / "value").mkdir(parents=True)
     text = "".join(json.dumps(line) + "\n" for line in value)
     (out / "start" / "value" / "metrics.jsonl").write_text(text)
     report.main([f"--out={out}"])
-    text = (out / "README.md").read_text()
-    single, rates = text.partition("## PPO with one piece")[2].split("## Learning rates")
-    assert "| PPO with positive-example NLL |  | 0.500 | -0.300 |" in single
-    # The last quarter of 8 rollouts is 6, 7 and 8: trained at half of 0.4, 0.6, 0.6, mean 0.2667;
-    # the other seed 0.1: together 0.183.
-    assert "| ppo, lr 0.0001 | 0.183 | 2 |" in rates and "pieces.png" in text
-    for name in ("pieces.png", "pretraining.png"):
-        assert (out / name).stat().st_size > 5000
+    assert (out / "pretraining.png").stat().st_size > 5000
 
 
 def test_one_run_alone_is_no_reason_to_fail(tmp_path):
@@ -120,7 +110,7 @@ def test_the_results_in_this_repository_are_what_their_raw_files_say(tmp_path):
     again, stored = (out / "README.md" for out in (tmp_path, RESULTS))
     assert again.read_text().split() == stored.read_text().split()
     names = re.findall(r"\]\((\w+\.png)\)", again.read_text())
-    assert len(names) == 5 and all((tmp_path / name).stat().st_size > 5000 for name in names)
+    assert len(names) == 4 and all((tmp_path / name).stat().st_size > 5000 for name in names)
 
 
 def test_without_runs_it_writes_nothing_and_without_matplotlib_it_says_so(
