@@ -34,11 +34,12 @@ def train(tokenizer, draw, seed, layers, width, positions, updates, lr, progress
     scheduler = transformers.get_linear_schedule_with_warmup(optimizer, updates // 20, updates)
     bar = tqdm(range(updates), desc="toy: base model", disable=not progress)
     for _ in bar:
+        prompts, responses = zip(*draw())
+        whole = tokenizer([p + r + EOS for p, r in zip(prompts, responses)])["input_ids"]
         rows = []
-        for prompt, response in draw():
-            ids = tokenizer(prompt + response)["input_ids"] + [tokenizer.eos_token_id]
+        for ids, asked in zip(whole, tokenizer(list(prompts))["input_ids"]):
             token_L, label_L = torch.tensor([ids, ids])
-            label_L[: len(tokenizer(prompt)["input_ids"])] = -100
+            label_L[: len(asked)] = -100
             rows.append((token_L, label_L))
         rows.sort(key=lambda row: len(row[0]))  # rows of like length side by side: little padding
         tokens, total = sum(int((label_L >= 0).sum()) for _, label_L in rows), 0.0
