@@ -17,7 +17,7 @@ from system import loading
 from system.distributed import add_up, deal, gathers
 from system.loading import autocast, value_head
 from system.run import kernel, pick_device
-from table import micro_batches, response_mask, response_tokens, take
+from table import micro_batches, response_mask, response_tokens, surprise_of, take
 
 
 def set_up(settings, files, critics=(), policy=None):
@@ -41,15 +41,20 @@ def set_up(settings, files, critics=(), policy=None):
     return policy, tokenizer, problems
 
 
-def response_hidden(trunk, rows, shift=0):
+def response_hidden(trunk, rows, shift=0, surprise=None):
     """Hidden states [B, T, D] at the position before each response token (shift=1: at it).
-    Args: rows, with token_BL, prompt_length_B and length_B; T = the longest response here.
+    Args: rows, with token_BL, prompt_length_B and length_B; T = the longest response here;
+        surprise, a critic's weight for how unlikely each token was (`loading.with_surprise`).
     Positions past a row's end repeat its last one; they are padding, and weightless."""
     again = torch.is_grad_enabled()  # gradient checkpointing
     layers = [m for m in trunk.modules() if again and getattr(m, "gradient_checkpointing", False)]
     for layer in layers:  # transformers looks for train mode; nothing inside gets it: no dropout
         layer.training = True
-    hidden_BLD = trunk(input_ids=rows["token_BL"], use_cache=False).last_hidden_state
+    told = {"input_ids": rows["token_BL"]}
+    if surprise is not None:
+        embedding_BLD = trunk.get_input_embeddings()(rows["token_BL"])
+        told = {"inputs_embeds": embedding_BLD + surprise(surprise_of(rows)[..., None])}
+    hidden_BLD = trunk(**told, use_cache=False).last_hidden_state
     for layer in layers:
         layer.training = False
     t_T = torch.arange(int(rows["length_B"].max()), device=hidden_BLD.device)
@@ -82,7 +87,8 @@ def critic_values(critic, rows, shift=0):
     """value_BT: V of the state before each response token, float32.
     shift=1: V after it, where a reward model scores."""
     with autocast(critic):
-        hidden_BTD = response_hidden(critic.base_model, rows, shift)
+        surprise = getattr(critic, "surprise", None)
+        hidden_BTD = response_hidden(critic.base_model, rows, shift, surprise)
     value_N1 = value_head(critic)(hidden_BTD.float().flatten(0, 1))
     return value_N1.view(hidden_BTD.shape[:2]).clone()  # no view: FSDP hooks what is returned
 

@@ -192,17 +192,27 @@ def world_of(path, tokenizer):
     return directory if known and ANSWER in tokenizer.get_vocab() else None
 
 
+def perfect_values(world_dir, problems, tokenizer, before, rows):
+    """value_BT of a critic that knows what is true (`best_values`), counted on the rows `before`;
+    with None, of each half of the rows on the other: no answer's own outcome is in its values."""
+    where = (world_dir, problems, tokenizer)
+    if before:
+        return best_values(*where, before, rows, pool=8)
+    value_BT = torch.zeros(response_mask(rows).shape)
+    halves = [slice(0, None, 2), slice(1, None, 2)]
+    for half, other in (halves, halves[::-1]) if len(value_BT) > 1 else ():
+        part_BT = best_values(*where, take(rows, other), take(rows, half), pool=8)
+        value_BT[half, : part_BT.shape[1]] = part_BT
+    return value_BT
+
+
 def score_critic(world_dir, problems, tokenizer, rows, value_BT):
     """How much of the truth a critic's value_BT on judged rows has found: {
     slip_auc: how surely V's fall tells the first uncorrected slip from a right step (½: by chance);
     best_explained_variance: the best possible critic's, counted on the other half of the answers;
         too low with a few hundred of them (0.33 for 0.39 with 256 of 60 tokens)}."""
-    where, best_BT = (world_dir, problems, tokenizer), torch.zeros_like(value_BT)
-    halves = [slice(0, None, 2), slice(1, None, 2)]
-    for half, other in (halves, halves[::-1]) if len(best_BT) > 1 else ():
-        part_BT = best_values(*where, take(rows, other), take(rows, half), pool=8)
-        best_BT[half, : part_BT.shape[1]] = part_BT
-    mask_BT = response_mask(rows)
+    where = (world_dir, problems, tokenizer)
+    best_BT, mask_BT = perfect_values(*where, None, rows), response_mask(rows)
     best = explained_variance(best_BT, rows["reward_B"][:, None] * mask_BT, mask_BT)
     found = auc(*step_drops(*where, rows, value_BT))
     return {"slip_auc": found, "best_explained_variance": best.item()}

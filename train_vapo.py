@@ -100,6 +100,7 @@ class Settings(flags.TrainingSettings):
     mask_truncated: bool = flag(False, "leave truncated answers out of the policy's loss only")
     whiten: bool = flag(False, "whiten the advantages over the rollout")
 
+    perfect_critic: bool = flag(False, "toy: V is the truth of the rollout before, counted")
     critic_free: bool = flag(False, "group-relative advantages (GRPO, DAPO); no pieces 1 to 3")
     dynamic_sampling: int = flag(
         0, "DAPO: only mixed groups, from at most N batches", NOT_NEGATIVE, may_change="above 0")
@@ -127,7 +128,8 @@ class Settings(flags.TrainingSettings):
             said = f"{rows} {what} for {processes} processes: each needs one at least"
             require(rows >= processes, said)
         pieces = ("value_pretraining", "decoupled_gae", "length_adaptive_gae")
-        idle = [n for n in ("critic", "reward_model", "value_clip", "whiten") if getattr(self, n)]
+        idle = ("critic", "reward_model", "value_clip", "whiten", "critic_surprise")
+        idle = [n for n in (*idle, "perfect_critic") if getattr(self, n)]
         idle += [f"no_{name}" for name in pieces if not getattr(self, name)]
         said = f"--critic_free has no use for --{' and --'.join(idle)}"
         require(not (self.critic_free and idle), said)
@@ -226,6 +228,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems)
     sampler, verify = loading.sampler_of(policy, settings), rollout.verifier_of(settings)
     testing = (sampler, critic, tokenizer, test_problems, settings, verify, log)
     world = toy.world_of(settings.train, tokenizer)
+    require(world or not settings.perfect_critic, "--perfect_critic: the truth is not known here")
     stop_if_asked(progress["step"] if progress else 0, settings, run_dir)
     if progress is None:
         progress = {"step": 0, "queue": [], "sampled": 0, "bad_steps": 0}
@@ -246,6 +249,9 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems)
             )
         with timed(seconds, "score"):  # pieces 2 and 3: advantages and targets from the outcome
             score(policy, critic, rows, settings)
+            if settings.perfect_critic:
+                before, progress["rows"] = progress.get("rows"), rows
+                rows["old_value_BT"] = toy.perfect_values(world, problems, tokenizer, before, rows)
             advantages(rows, settings)
         with timed(seconds, "update"):  # several steps a rollout: the ratio moves away from 1
             shuffle = generators["mini_batch"]
@@ -268,7 +274,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems)
         progress |= {"step": step, "sampled": progress["sampled"] + drawn["answers"]}
         numbers = table.rollout_metrics(rows) | drawn | {"answers": progress["sampled"]}
         rollout.warn_of_gap(step, numbers)
-        if critic and world:  # the truth is known there
+        if world and not settings.critic_free:  # the truth is known there
             numbers |= toy.score_critic(world, problems, tokenizer, rows, rows["old_value_BT"])
         numbers |= metrics.means(updates) | metrics.speeds(seconds, rows)
         numbers["gradient_steps"] = learners["policy"].steps
@@ -318,9 +324,9 @@ def main(argv=None):
         device, critic = policy.device, None
         print(f"{settings.preset}: {run.describe(device)}")
         flags.save_config(run_dir, settings, device)  # of a resumed run too: some may change
-        if not settings.critic_free:
+        if not settings.critic_free and not settings.perfect_critic:
             start = starting_critic(settings, run_dir, policy)  # piece 1
-            critic = loading.load_critic(start, device, dtype=settings.dtype)
+            critic = loading.load_critic(start, device, 0.0, settings.dtype, settings.critic_surprise)
             critic = loading.shard(critic, device, settings)
         data = (tokenizer, problems, test_problems)
         before, after = train(settings, run_dir, policy, critic, *data)

@@ -62,12 +62,15 @@ def load_policy(path, device, dtype="auto", length=0):
     return policy
 
 
-def load_critic(path, device, mean_reward=0.0, dtype="auto"):
+def load_critic(path, device, mean_reward=0.0, dtype="auto", surprise=False):
     """A critic, from the model that `path` holds by its config.json. Raises: BadInput.
     From a policy: its trunk with a zero head and bias = the mean reward, V at first.
     From a reward model (`AutoModelForSequenceClassification`, one label): trunk and head, bias 0.
-    From a critic: as it is."""
+    From a critic: as it is.
+    Args: surprise, to give it that input (`with_surprise`); a critic that has it keeps it."""
     config = loaded(AutoConfig.from_pretrained, path)
+    new = surprise and not getattr(config, "critic_surprise", False)
+    config.critic_surprise = surprise or getattr(config, "critic_surprise", False)
     kind, is_scorer = (config.architectures or [""])[0], require_one_label(config, path)
     config.num_labels, config.classifier_dropout = 1, 0.0  # the class's own default is 0.1
 
@@ -79,8 +82,12 @@ def load_critic(path, device, mean_reward=0.0, dtype="auto"):
                 head.bias.fill_(mean_reward)
             elif not kind.endswith("ForTokenClassification"):
                 head.bias.zero_()
+            if new:
+                critic.surprise.weight.zero_()  # V is at first what it was
 
-    return read_by_rank_0(critic_class(config), path, config, device, dtype, finish)
+    own_class = critic_class(config)
+    own_class = with_surprise(own_class, config) if config.critic_surprise else own_class
+    return read_by_rank_0(own_class, path, config, device, dtype, finish)
 
 
 def read_by_rank_0(kind, path, config, device, dtype, finish):
@@ -131,6 +138,18 @@ def critic_class(config):
     print(f"note: transformers has no {name}: the critic is {trunk.__name__} with a linear head")
     prefix = {"base_model_prefix": family.base_model_prefix}
     return type(name, (GenericForTokenClassification, family), prefix)
+
+
+def with_surprise(kind, config):
+    """A critic's class with one more weight, `surprise` [D, 1]: what one nat of −log π(token) adds
+    to the token's embedding. So V knows which tokens the policy itself held unlikely."""
+    kind = modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.get(type(config), kind)
+
+    def init(self, config):
+        kind.__init__(self, config)
+        self.surprise = torch.nn.Linear(1, config.get_text_config().hidden_size, bias=False)
+
+    return type(kind.__name__, (kind,), {"__init__": init})
 
 
 def value_head(network):

@@ -107,6 +107,7 @@ class TrainingSettings(SamplingSettings):
     train: str = flag("", "training problems: a file or OWNER/NAME:CONFIG@SPLIT", PROBLEMS)
     reward_correct: float = flag(1.0, "reward of a correct answer")
     reward_wrong: float = flag(0.0, "reward of a wrong answer")
+    critic_surprise: bool = flag(False, "the critic also reads -log π of each token")
     compile: bool = flag(None, "torch.compile the loss and log-prob kernels; default: on cuda")
     micro_batch_tokens: int = flag(16384, "tokens of a pass, padded", AT_LEAST_1, may_change=True)
     gradient_checkpointing: bool = flag(False, "less memory, but more time", may_change=True)

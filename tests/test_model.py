@@ -113,6 +113,26 @@ def test_a_critic_of_every_architecture_saves_and_loads(loaded, directory, tmp_p
     assert not any(part.p for part in dropouts if part.training)
 
 
+def test_a_critic_reads_how_unlikely_the_tokens_were(loaded, directory, tmp_path):
+    rows = answers(*loaded)
+    plain, critic = (loading.load_critic(str(directory), CPU, 0.25, surprise=s) for s in (0, 1))
+    with torch.no_grad():
+        for network in (plain, critic):
+            torch.manual_seed(0)
+            loading.value_head(network).weight.normal_()
+        value_BT = model.critic_values(critic, rows)
+        assert torch.equal(value_BT, model.critic_values(plain, rows))  # new, it changes nothing
+        critic.surprise.weight.normal_()
+    checkpoint.export(critic, loaded[1], tmp_path / "critic")
+    again = loading.load_critic(str(tmp_path / "critic"), CPU)  # it has it, without being asked
+    value_BT, told = model.critic_values(again, rows), dict(rows)
+    assert torch.equal(value_BT, model.critic_values(critic, rows))
+    told["sampled_logp_BT"] = rows["sampled_logp_BT"].clone()
+    told["sampled_logp_BT"][:, 1] -= 3.0
+    moved_BT = (model.critic_values(again, told) - value_BT).abs() * table.response_mask(rows)
+    assert not moved_BT[:, :2].any() and moved_BT[:, 2].any()  # V before a token never knows it
+
+
 def test_a_run_goes_through(directory, tmp_path):
     path, out = tmp_path / "p.jsonl", tmp_path / "run"
     lines = [json.dumps({"problem": f"{letter}3", "answer": letter}) for letter in "abcdefgh"]
