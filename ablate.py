@@ -1,12 +1,14 @@
-"""The evidence: VAPO, VAPO without each of its seven pieces, and its rivals, over several seeds.
+"""The evidence: all combinations of VAPO's pieces, its rivals, a perfect critic, three lengths.
 
-    python ablate.py                                # all rows, 5 seeds; stopped, it goes on
-    python ablate.py --rows cube                    # all 128 combinations of the seven pieces
-    python ablate.py --out runs/again/results --runs runs/again   # from nothing
-    python ablate.py --quick                        # everything once in small: a smoke test
+    python ablate.py --rows cube       # all 128 combinations of the seven pieces, two seeds
+    python ablate.py --rows main       # VAPO, its rivals, other critics, three seeds
+    python ablate.py --rows 30 300     # the same with answers of 30 and of 300 tokens
+    python ablate.py --rows long       # three times as many rollouts
+    python ablate.py --quick           # everything once in small: a smoke test
 
-1. One embedded world, one reward model in it, and one critic pretrained from that, as in the paper,
-   in OUT/start. With value pretraining a run starts from the critic, without from the reward model.
+1. One embedded world for each length, one reward model in it, and one critic pretrained from that,
+   as in the paper, in OUT/start. With value pretraining a run starts from the critic, without from
+   the reward model.
 2. Each run is `python train_vapo.py` with one row's flags, on one core; a killed run is resumed, a
    finished one never repeated.
 3. A finished run's metrics.jsonl is copied to OUT/raw. From those files `python -m lab.report`
@@ -19,6 +21,7 @@ from functools import partial, reduce
 from itertools import product
 from operator import xor
 from pathlib import Path
+from statistics import fmean
 
 from tqdm import tqdm
 
@@ -28,10 +31,13 @@ from system.settings import NOT_NEGATIVE, flag
 from train_vapo import PRESETS
 
 # fmt: off
-# Long, heterogeneous answers with a sparse outcome: 10 to 120 steps, 22 to 250 tokens and more with
-# redone ones. The base model is trained until it tells slips from steps, as a pretrained one does.
-WORLD = {"min_steps": 10, "max_steps": 120, "slip": 0.08, "layers": 4, "updates": 2000,
-         "update_rows": 32, "test_problems": 128}
+# Long, heterogeneous answers with a sparse outcome. By the tokens of an answer that works, in the
+# mean; the longer, the fewer slips, so that the base models are right about equally often. Each
+# is trained until it tells slips from steps, as a pretrained one does.
+WORLDS = {"30": {"min_steps": 3, "max_steps": 36, "slip": 0.25},
+          "100": {"min_steps": 10, "max_steps": 120, "slip": 0.08},
+          "300": {"min_steps": 30, "max_steps": 360, "slip": 0.026}}
+WORLD = {"layers": 4, "updates": 2000, "update_rows": 32, "test_problems": 128}
 # 16 updates a rollout, as in the paper.
 RUN = {"steps": 24, "prompts": 16, "samples": 16, "mini_batch": 16, "alpha": 0.5, "critic_lr": 5e-4,
        "eval_every": 3, "eval_samples": 4, "save_every": 6}
@@ -53,13 +59,25 @@ PIECES = {"value_pretraining": "value pretraining", "decoupled_gae": "decoupled 
           "length_adaptive_gae": "length-adaptive GAE", "clip_higher": "clip-higher",
           "token_level_loss": "token-level loss", "positive_nll": "positive-example NLL",
           "group_sampling": "group sampling"}
-RIVALS = {"vc_ppo": "VC-PPO", "ppo": "PPO", "grpo": "GRPO", "dapo": "DAPO"}
+FEWER = {"prompts": 4, "mini_batch": 4}  # 64 answers a rollout, and 16 updates still
 # fmt: on
 # row → (title, the flags in which it differs from the first row)
-ROWS = {"vapo": ("VAPO", {})}
-ROWS |= {f"no_{piece}": (f"w/o {title}", {piece: False}) for piece, title in PIECES.items()}
-ROWS |= {row: (title, {"preset": row, "lr": LEARNING_RATES[row]}) for row, title in RIVALS.items()}
-GROUPS = {"paper": list(ROWS)}
+MAIN = {"vapo": ("VAPO", {})}
+MAIN |= {f"no_{piece}": (f"w/o {PIECES[piece]}", {piece: False}) for piece in list(PIECES)[:3]}
+for row, title in {"ppo": "PPO", "vc_ppo": "VC-PPO", "grpo": "GRPO", "dapo": "DAPO"}.items():
+    MAIN[row] = (title, {"preset": row, "lr": LEARNING_RATES[row]})
+MAIN["perfect_critic"] = ("VAPO, perfect critic", {"perfect_critic": True})
+MAIN["critic_surprise"] = ("VAPO, critic that reads −log π", {"critic_surprise": True})
+ROWS = dict(MAIN)
+for row in ("vapo", "dapo", "perfect_critic"):
+    ROWS[f"{row}_64"] = (f"{MAIN[row][0]}, 64 answers", MAIN[row][1] | FEWER)
+GROUPS = {"main": list(ROWS)}
+for length in ("30", "300"):
+    ROWS |= {f"{length}_{row}": (title, own) for row, (title, own) in MAIN.items()}
+for row in ("vapo", "ppo", "grpo", "dapo"):
+    ROWS[f"long_{row}"] = (MAIN[row][0], MAIN[row][1] | {"steps": 72})
+for group in ("30", "300", "long"):
+    GROUPS[group] = [row for row in ROWS if row.startswith(group + "_")]
 
 
 def syndrome(bits):
@@ -78,8 +96,8 @@ GROUPS["cube"] = [row for row in ROWS if row.startswith("cube_")]
 
 @dataclass(frozen=True)
 class Settings(flags.Settings):
-    rows: list[str] = flag(["paper"], f"rows, or groups of rows: {', '.join(GROUPS)}")
-    seeds: list[int] = flag([], "seeds of every row; none: 0 to 4, of the cube 0 and 1")
+    rows: list[str] = flag(["cube", "main"], f"rows, or groups of rows: {', '.join(GROUPS)}")
+    seeds: list[int] = flag([], "seeds of every row; none: 0 to 2, of the cube 0 and 1")
     out: str = flag("results", "directory for table, figures, raw/ (a file a run), start/")
     runs: str = flag("runs/ablate", "directory for the runs")
     jobs: int = flag(0, "runs side by side, one core each; 0: one a core", NOT_NEGATIVE)
@@ -101,12 +119,18 @@ def row_settings(row, seed, quick=False):
     return PRESETS[own.get("preset", "vapo")] | common | small | own
 
 
+def start_of(row, out):
+    """Where a row's world, reward model and critic are."""
+    length = row.partition("_")[0]
+    return out / "start" / (length if length in WORLDS else "100")
+
+
 def run_flags(row, seed, start, quick=False):
     """The flags of `train_vapo.py` for one row and seed: the world's, the row's, its critic's."""
     own, files = ROWS[row][1], {}
-    preset = own.get("preset", "vapo")
+    preset, critic = own.get("preset", "vapo"), "surprise" if "surprise" in row else "value"
     if own.get("value_pretraining", preset in ("vapo", "vc_ppo")):
-        files["critic"] = start / "value" / "critic"
+        files = {} if "perfect" in row else {"critic": start / critic / "critic"}
     elif preset not in ("grpo", "dapo"):
         files["reward_model"] = start / "reward_model" / "critic"
     settings = row_settings(row, seed, quick)
@@ -127,24 +151,43 @@ def is_there(path, where, row, seed, quick):
 
 
 def prepare(start, quick):
-    """World, reward model and critic in OUT/start, unless they are there: they are kept with the
-    results, so that runs on other machines, which round otherwise, start alike."""
+    """World, reward model and critics in OUT/start/LENGTH, unless they are there: they are kept
+    with the results, so that runs on other machines, which round otherwise, start alike."""
     world, log = start / "world", f"{start}/log"
-    jobs.call("toy.py", to_flags(WORLD | (QUICK_WORLD if quick else {}) | {"out": world}), log)
-    scores = start / "reward_model"
-    value = VALUE | {"init": scores / "critic", "reuse_answers": scores / "answers.pt"}
-    for name, own in {"reward_model": REWARD_MODEL, "value": value}.items():
+    own = WORLD | (QUICK_WORLD if quick else WORLDS[start.name])
+    jobs.call("toy.py", to_flags(own | {"out": world}), log)
+    scores, value = start / "reward_model", VALUE | {"init": start / "reward_model" / "critic"}
+    fits = {"reward_model": REWARD_MODEL, "value": value}
+    fits["surprise"] = value | {"critic_surprise": True}
+    for name, own in fits.items():
         own = own | (QUICK_VALUE if quick else {}) | {"device": "cpu", "out": start / name}
+        if (answers := scores / "answers.pt").exists() and "init" in own:
+            own["reuse_answers"] = answers
         if not (start / name / "critic").exists():
-            print(f"fitting {name}: see {log}", flush=True)
+            print(f"fitting {name} for {start.name} tokens: see {log}", flush=True)
             jobs.call("train_value.py", [f"@{world}/train_value.args", *to_flags(own)], log)
 
 
-def run(row, seed, start, runs, out, quick):
+def time_left(waiting, runs, out, workers):
+    """In words: what is missing, and its hours by the runs made in `runs`, or else those kept."""
+    spent, kind = {}, lambda row: row.partition("_")[0] if row[0] in "3l" else "100"
+    kept = {path.stem: path for path in sorted((out / "raw").glob("*.jsonl"))}
+    here = {name: path for name, path in kept.items() if (runs / name).is_dir()}
+    for name, path in (here or kept).items():
+        told = (line.items() for line in jobs.lines_of(path) if line.get("step"))
+        seconds = sum(y for items in told for key, y in items if "seconds_" in key)
+        spent.setdefault(kind(name), []).append(seconds)
+    unknown = sum(kind(row) not in spent for row, _ in waiting)
+    hours = sum(fmean(spent[kind(row)]) for row, _ in waiting if kind(row) in spent) / 3600
+    more = f", and {unknown} of which none has ended yet" if unknown else ""
+    return f"{len(waiting)} runs are missing: {hours / workers:.1f} h, {workers} side by side{more}"
+
+
+def run(row, seed, runs, out, quick):
     """One run from where it stands to its end. Returns: its last held-out accuracy."""
     run_dir = runs / f"{row}-{seed}"
     there = is_there(run_dir / "config.json", run_dir, row, seed, quick)
-    fresh = [*run_flags(row, seed, start, quick), f"--out={run_dir}"]
+    fresh = [*run_flags(row, seed, start_of(row, out), quick), f"--out={run_dir}"]
     argv = [f"--resume={run_dir}"] if there else fresh
     jobs.call("train_vapo.py", argv, f"{run_dir}.log")
     path = out / "raw" / f"{row}-{seed}.jsonl"
@@ -157,25 +200,28 @@ def main(argv=None):
     settings = flags.parse(Settings, argv, __doc__)
     settings.check()
     unknown = ", ".join(row for row in settings.rows if row not in ROWS and row not in GROUPS)
-    require(not unknown, f"--rows: there is no {unknown}; there are {', '.join([*GROUPS, *ROWS])}")
+    known = [*GROUPS, *(row for row in ROWS if row not in GROUPS["cube"])]
+    require(not unknown, f"--rows: there is no {unknown}; there are {', '.join(known)}")
     rows = dict.fromkeys(name for row in settings.rows for name in GROUPS.get(row, [row]))
     runs, out = Path(settings.runs), Path(settings.out)
     if settings.quick:
         runs, out = runs / "quick", runs / "quick" / "results"
-    start = out / "start"
+        rows = [row for row in rows if row not in GROUPS["cube"][2:]]
     report = partial(jobs.call, "lab.report", [f"--out={out}"], runs / "report.log")
-    seeds = [0] if settings.quick else settings.seeds or [0, 1, 2, 3, 4]
+    seeds = [0] if settings.quick else settings.seeds or [0, 1, 2]
     pairs = [(row, seed) for seed in seeds for row in rows
              if settings.seeds or row not in GROUPS["cube"] or seed in CUBE_LR]  # fmt: skip
     raw = {pair: out / "raw" / f"{pair[0]}-{pair[1]}.jsonl" for pair in pairs}
     waiting = [p for p in pairs if not is_there(raw[p], raw[p], *p, settings.quick)]
     report()  # also shows at once whether matplotlib is there
-    failed = []
+    workers, failed = settings.jobs or jobs.cores(), []
+    print(time_left(waiting, runs, out, workers) if waiting else "nothing is missing", flush=True)
     if waiting:
         with jobs.locked(runs):
-            prepare(start, settings.quick)
-            work = {pair: partial(run, *pair, start, runs, out, settings.quick) for pair in waiting}
-            for (row, seed), accuracy, error in jobs.side_by_side(work, settings.jobs):
+            for start in dict.fromkeys(start_of(row, out) for row, _ in waiting):
+                prepare(start, settings.quick)
+            work = {pair: partial(run, *pair, runs, out, settings.quick) for pair in waiting}
+            for (row, seed), accuracy, error in jobs.side_by_side(work, workers):
                 failed += [f"{row}, seed {seed}: {error}"] if error else []
                 tqdm.write(failed[-1] if error else f"{row}, seed {seed}: {accuracy:.3f}")
                 report()

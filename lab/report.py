@@ -2,206 +2,291 @@
 
     python -m lab.report --out results
 
-`runs` is {row: {seed: lines of metrics.jsonl}}, a curve is [(step, number)].
+A run has two responses: `final`, its accuracy on held-out problems after the last rollout, and
+`mean`, the accuracy of its training rollouts, mean over all of them (the area under the curve): who
+is best in the end, and who is fastest. Intervals are 95% (Student's t). `runs` has a row a run,
+`log` a row a line of metrics.jsonl.
 """
 
-import math
+import re
 from functools import partial
+from math import isnan, nan
 from pathlib import Path
-from statistics import fmean, stdev
 
-from ablate import GROUPS, ROWS, Settings
-from lab.plot import curve, draw, draw_curves, need
+from ablate import GROUPS, PIECES, ROWS, Settings
+from lab import effects
+from lab.plot import draw, need
 from system.jobs import lines_of
 from system.run import exit_on_bad_input
 from system.settings import parse
 
-# fmt: off
-# AIME 2024, avg@32, of Qwen2.5-32B (arXiv 2504.05118, table 1).
-PAPER = {"vapo": 60, "no_value_pretraining": 11, "no_decoupled_gae": 33,
-         "no_length_adaptive_gae": 45, "no_clip_higher": 46, "no_token_level_loss": 53,
-         "no_positive_nll": 54, "no_group_sampling": 55, "ppo": 5, "dapo": 50}
-TITLES = {row: title for row, (title, _) in ROWS.items()}
-RIVALS = ("vapo", "dapo", "grpo", "vc_ppo", "ppo")
-CRITICS = ("vapo", "no_value_pretraining", "ppo")
-# fmt: on
-HEAD = (
-    "| | paper: AIME 2024 | here: accuracy | minus VAPO, paired | steps to DAPO's best | answers | "
-    f"minutes | seeds |\n{'|---' * 8}|\n"
-)
-ACCURACY = """\
-Accuracy: held-out problems, T = 1, after the last rollout; mean over seeds ± 95% interval
-(Student's t). The intervals are of RL alone: all seeds share the world, the base model and the
-critics. Answers and minutes are those of RL; the rows with a pretrained critic share one fit on
-8,192 answers more."""
+# AIME 2024, avg@32, of Qwen2.5-32B without each piece (arXiv 2504.05118, table 1); VAPO has 60.
+PAPER = dict(zip(PIECES, (11, 33, 45, 46, 53, 54, 55)))
+TITLES = list(PIECES.values())
+METHODS = ("vapo", "dapo", "grpo", "vc_ppo", "ppo", "perfect_critic", "critic_surprise")
+CRITICS = ("vapo", "critic_surprise", "perfect_critic", "ppo")
+RESPONSES = {"mean": "mean of training", "final": "final"}
+CRITIC = ("explained_variance", "best_explained_variance", "slip_auc")
+SECTIONS = {"main": "100 tokens", "30": "30 tokens", "300": "300 tokens", "long": "72 rollouts"}
 
 
-def mean_interval(numbers):
-    """(mean, half width of its 95% interval): t · s / √n; the half is NaN for a single number."""
-    from scipy import stats
-
+def interval(numbers):
+    """ "mean ± half", half = t · s / √n; without the half for one number, "" for none."""
     n = len(numbers)
-    t = stats.t.ppf(0.975, n - 1)
-    return fmean(numbers), t * stdev(numbers) / math.sqrt(n) if n > 1 else math.nan
+    return show(numbers.mean(), effects.half_width(n**-0.5, (numbers.std(), n - 1))) if n else ""
 
 
-def read_raw(out):
-    """{row: {seed: lines}} of the finished runs in OUT/raw, in the order of ROWS."""
-    runs = {row: {} for row in ROWS}
+def show(mean, half=nan):
+    return "" if isnan(mean) else f"{mean:.3f}" + ("" if isnan(half) else f" ± {half:.3f}")
+
+
+def markdown(head, lines):
+    lines = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+
+
+def read(out):
+    """(runs, log) of the finished runs in OUT/raw whose rows ablate.py has."""
+    import pandas as pd
+
+    runs, log = [], []
     for path in sorted((out / "raw").glob("*-*.jsonl")):
         row, seed = path.stem.rsplit("-", 1)
-        if row in runs and seed.isdigit():
-            runs[row][int(seed)] = [line for line in lines_of(path) if "step" in line]
-    return {row: by_seed for row, by_seed in runs.items() if by_seed}
+        if row in ROWS:
+            first, *lines = lines_of(path)
+            own = {"row": row, "seed": int(seed), "title": ROWS[row][0]}
+            table = pd.DataFrame(lines).assign(**own)
+            runs.append(own | first["config"]["on"] | {
+                "final": table["test_accuracy"].dropna().iloc[-1],
+                "mean": table["accuracy"].mean(), "answers": table["answers"].iloc[-1],
+                "minutes": table.filter(like="seconds_").sum().sum() / 60,
+                "collapse": effects.collapse(table["accuracy"].dropna()),
+                **table[table["step"] > 0.75 * len(lines)].reindex(columns=CRITIC).mean(),
+            })  # fmt: skip
+            log.append(table)
+    return pd.DataFrame(runs), pd.concat(log, ignore_index=True) if log else None
 
 
-def mean_curve(by_seed):
-    """[(step, mean held-out accuracy over seeds)], at the steps that every seed has."""
-    curves = [dict(curve(lines, "test_accuracy")) for lines in by_seed.values()]
-    steps = sorted(set.intersection(*map(set, curves)))
-    return [(step, fmean(points[step] for points in curves)) for step in steps]
+def methods(runs, rows):
+    """A table of rows: both responses, and what they have over the first row's, by seed."""
+    parts = {row: part.set_index("seed") for row, part in runs.groupby("row")}
+    first, lines = parts.get(rows[0]), []
+    for row in filter(parts.__contains__, rows):
+        part = parts[row]
+        apart = [(part[r] - first[r]).dropna() if row != rows[0] and first is not None else ()
+                 for r in RESPONSES]  # fmt: skip
+        late = [show(part[name].mean()) for name in CRITIC]
+        cells = [interval(part[r]) for r in RESPONSES] + [interval(numbers) for numbers in apart]
+        counts = f"{part['answers'].mean():.0f}", f"{part['minutes'].mean():.1f}", len(part)
+        lines.append([ROWS[row][0], *cells, *late, *counts])
+    return markdown(["", "mean of training", "final", "mean, minus VAPO's", "final, minus VAPO's",
+                     "explained variance late", "of possible", "first-slip AUC", "answers",
+                     "minutes", "seeds"], lines)  # fmt: skip
 
 
-def summarise(runs):
-    """{row: numbers} from `read_raw`: what the table says of each row."""
-    best_dapo = max(y for _, y in mean_curve(runs["dapo"])) if "dapo" in runs else math.nan
-    summary = {}
-    for row, by_seed in runs.items():  # VAPO first
-        own = {seed: curve(lines, "test_accuracy")[-1][1] for seed, lines in by_seed.items()}
-        logged = sum(by_seed.values(), [])
-        seconds = sum(y for line in logged for name, y in line.items() if "seconds_" in name)
-        reached = [step for step, y in mean_curve(by_seed) if y >= best_dapo]
-        last = by_seed[min(by_seed)][-1]
-        updates = last["gradient_steps"] / last["step"]
-        mean, half = mean_interval(list(own.values()))
-        vapo = summary["vapo"]["finals"] if "vapo" in summary else {}
-        summary[row] = {
-            "accuracy": mean, "half": half, "finals": own, "seeds": len(own),
-            "steps_to_dapo": round(reached[0] * updates) if reached else None,
-            "answers": fmean(lines[-1]["answers"] for lines in by_seed.values()),
-            "minutes": seconds / len(own) / 60}  # fmt: skip
-        if paired := [own[seed] - vapo[seed] for seed in own if seed in vapo]:
-            summary[row] |= zip(("difference", "difference_half"), mean_interval(paired))
-    return summary
+def cube(runs):
+    """{response: what lab/effects.py finds of it} of the cube's runs; {} with fewer than 16."""
+    part = runs[runs["row"].str.startswith("cube_")]
+    bits, block, found = list(part["title"]), part["seed"].to_numpy(), {}
+    for name in RESPONSES if len(part) >= 16 else ():
+        y = part[name].to_numpy()
+        effect, unit, residual = effects.effects(bits, block, y)
+        value = part.groupby("title")[name].mean().to_dict()
+        errors = {"of the two replicates": effects.error_of_replicates(bits, block, y)}
+        for b in sorted(set(block)):
+            cube_b = part[part["seed"] == b]
+            how = (list(cube_b["title"]), cube_b[name].to_numpy())
+            errors[f"of orders of four and more, seed {b}"] = effects.error_of_high_orders(*how)
+        errors["of the residual"] = residual
+        error = next((error for error in errors.values() if error[1] >= 20), residual)
+        half = {w: effects.half_width(unit[w], error) for w in effect}
+        found[name] = {"effect": effect, "half": half, "errors": errors, "value": value}
+    return found
 
 
-def table(summary, rows, paper):
-    """The Markdown table of some rows; paper: {row: its number there}."""
-
-    def interval(mean, half):
-        return f"{mean:.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")
-
-    lines = []
-    for row, n in ((row, summary[row]) for row in rows):
-        apart = interval(n["difference"], n["difference_half"]) if "difference" in n else ""
-        steps = "–" if n["steps_to_dapo"] is None else n["steps_to_dapo"]
-        cells = (TITLES[row], paper.get(row, ""), interval(n["accuracy"], n["half"]), apart, steps,
-                 f"{n['answers']:.0f}", f"{n['minutes']:.1f}", n["seeds"])  # fmt: skip
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return HEAD + "\n".join(lines)
+def predictions(out):
+    """{piece: its main effects at 100 tokens on the responses}, as out/predictions.md has them."""
+    text = path.read_text() if (path := out / "predictions.md").exists() else ""
+    rows = re.findall(r"^\| (.+?) \|" + r" ([+-]\S+) \|" * 6, text, re.M)
+    said = {name: (float(cells[3]), float(cells[2])) for name, *cells in rows}
+    return [said.get(title.replace("-example", ""), (nan, nan)) for title in TITLES]
 
 
-def provenance(out):
-    """One line: how many runs, on which revisions, versions and machines."""
-    ons = [lines_of(path)[0]["config"]["on"] for path in (out / "raw").glob("*-*.jsonl")]
-    told = [f"{name} {', '.join(sorted({str(on.get(name, '?')) for on in ons}))}"
-            for name in ("revision", "torch", "device", "threads")]  # fmt: skip
-    return f"{len(ons)} runs; {'; '.join(told)}."
+def cube_text(found, runs, log, out):
+    """The cube in Markdown: effects, corners, collapses, predictions; errors, interactions."""
+    part = runs[runs["row"].str.startswith("cube_")]
+    effect, half, value = ({r: found[r][n] for r in RESPONSES} for n in ("effect", "half", "value"))
+    shapley = [effects.shapley(value[r]) for r in RESPONSES]
+    without, alone = effects.corners(value["mean"])
+    lines, right, predicted = [], 0, predictions(out)
+    for i, title in enumerate(TITLES):
+        on = part["title"].str[i] == "1"
+        fell = (f"{part[is_on]['collapse'].gt(0).mean():.0%}" for is_on in (on, ~on))
+        right += sum(said * effect[r][i,] > 0 for said, r in zip(predicted[i], RESPONSES))
+        cells = [show(effect[r][i,], half[r][i,]) for r in RESPONSES]
+        cells += map(show, (shapley[0][i], shapley[1][i], without[i], alone[i]))
+        cells += [*fell, *(f"{said:+.2f}" for said in predicted[i])]
+        lines.append([title, 60 - PAPER[list(PIECES)[i]], *cells])
+    text = [f"{len(part)} runs, {part['title'].nunique()} of 128 combinations. Main effect: the mean "
+            "of all runs with the piece minus that of all without.",
+            markdown(["", "paper: AIME 2024 lost without it", "mean of training", "final",
+                      "Shapley, mean", "Shapley, final", "VAPO − VAPO without it, mean",
+                      "PPO with it − PPO, mean", "runs that fell, with", "without",
+                      "predicted, mean", "predicted, final"], lines),
+            f"Signs predicted right: {right} of 14."]  # fmt: skip
+    for r, title in RESPONSES.items():
+        told = (f"{s:.4f} {n} ({free} degrees of freedom)"
+                for n, (s, free) in found[r]["errors"].items() if free)  # fmt: skip
+        text.append(f"Standard deviation of one run, {title}: {'; '.join(told)}.")
+        pairs = sorted((w for w in effect[r] if len(w) == 2), key=lambda w: -abs(effect[r][w]))
+        told = (f"{TITLES[i]} × {TITLES[j]} {show(effect[r][i, j], half[r][i, j])}"
+                for i, j in pairs[:5])  # fmt: skip
+        text += [f"Largest interactions, {title}: {'; '.join(told)}."] if pairs else []
+    fell = part[part["collapse"] > 0]
+    text.append(f"{len(fell)} runs fell below half of their best training accuracy.")
+    names = ["step", "accuracy", "explained_variance", "ratio_max", "length", "entropy"]
+    for run in fell[:2].itertuples():
+        lines = log[(log["row"] == run.row) & (log["seed"] == run.seed)].set_index(
+            "step", drop=False
+        )
+        near = lines.loc[max(1, run.collapse - 4) : run.collapse + 2].reindex(columns=names)
+        table = markdown(names, [[f"{y:.3g}" for y in line] for line in near.to_numpy()])
+        text += [f"What came first in {run.row}, seed {run.seed}:", table]
+    return text
 
 
 def report(out):
-    """Writes OUT/README.md and the figures. Returns: what `summarise` does; {} without runs."""
-    runs = read_raw(out)
-    if not runs:
-        return {}
-    summary = summarise(runs)
-    path = out / "start" / "value" / "metrics.jsonl"
-    value = lines_of(path) if path.exists() else []
-    text = ["# Results", "Written by `python ablate.py` from the files in raw/.", provenance(out)]
-    if shown := [row for row in GROUPS["paper"] if row in summary]:
-        text += [ACCURACY, table(summary, shown, PAPER)]
-    for name, there, sentence, size, panels in figures(runs, summary, value):
+    """Writes OUT/README.md and the figures. Returns: `runs`."""
+    runs, log = read(out)
+    if not len(runs):
+        return runs
+    found = cube(runs)
+    told = (f"{name} {', '.join(sorted(set(map(str, runs[name]))))}"
+            for name in ("revision", "torch", "device", "threads") if name in runs)  # fmt: skip
+    text = ["# Results", "Written by `python ablate.py` from the files in raw/.",
+            f"{len(runs)} runs; {'; '.join(told)}."]  # fmt: skip
+    text += ["## The seven pieces", *cube_text(found, runs, log, out)] if found else []
+    for group, title in SECTIONS.items():
+        if runs["row"].isin(GROUPS[group]).any():
+            text += [f"## {title}", methods(runs, GROUPS[group])]
+    for name, there, sentence, size, panels in figures(runs, log, found):
         if there:
             draw(out / name, size, panels)
             text += [f"![{name}]({name})", sentence]
     (out / "README.md").write_text("\n\n".join(text) + "\n")
-    return summary
+    return runs
 
 
 # fmt: off
-def figures(runs, summary, value):
-    """[(file, whether there is data for it, what to see in it, inches, panels of `draw`)].
-    Args: summary, {row: numbers}; value, the lines of value pretraining."""
-    def by_steps(rows, name, title, *limits):
-        return title, "gradient steps", partial(bands, runs, rows, name, limits)
+def figures(runs, log, found):
+    """[(file, whether there is data for it, what to see in it, inches, panels of `draw`)]."""
+    def curves(rows, y, title, *limits, x="step"):
+        return title, x.replace("step", "rollouts"), partial(lines, log, rows, x, y, limits)
 
-    def fitting(title, *curves):
-        return title, "optimiser steps", partial(draw_curves, curves)
-
-    vapo = "vapo" in runs
+    rows, mean = set(runs["row"]), found.get("mean")
     return [
-        ("methods.png", vapo,
-         "Who learns fastest, and who is best at the end, at the same number of gradient steps.",
-         (7.5, 4.5), [by_steps(RIVALS, "test_accuracy",
-                               "held-out accuracy at T = 1 (mean and range over seeds)", 0, 1)]),
-        ("dynamics.png", vapo,
-         "Length and accuracy should grow and entropy fall without collapse. (Accuracy: all "
-         "answers drawn; DAPO's entropy: those that it kept.)", (13, 3.8), [
-             by_steps(RIVALS, "test_length", "held-out response length (tokens)"),
-             by_steps(RIVALS, "entropy", "entropy (nats)"),
-             by_steps(RIVALS, "accuracy", "accuracy of the training rollouts")]),
-        ("critics.png", vapo,
-         "The critic through RL, beside what any critic could know.", (13, 3.6), [
-             by_steps(CRITICS, "explained_variance", "explained variance of the critic", -0.2, 1),
-             by_steps(CRITICS, "best_explained_variance", "of the best possible critic", -0.2, 1),
-             by_steps(CRITICS, "slip_auc", "first-slip AUC", 0.4, 1)]),
-        ("ablation.png", len(set(PAPER) & set(summary)) > 1,
-         "Each bar left is the paper's, right ours; sorted by the paper's.", (11, 4.7), [
-             ("paper: AIME 2024, avg@32 (%)", "", partial(bars, summary, False)),
-             ("here: held-out accuracy (%)", "", partial(bars, summary, True))]),
-        ("pretraining.png", value,
-         "What value pretraining reaches on held-out problems.", (13, 3.6), [
-             fitting("held-out value loss", (curve(value, "value_loss"), "o-", None)),
-             fitting("explained variance", (curve(value, "explained_variance"), "o-", "the critic"),
-                     (curve(value, "best_explained_variance"), "k--", "the best possible")),
-             fitting("first-slip AUC", (curve(value, "slip_auc"), "o-", None))]),
+        ("effects.png", found, "Left the paper's losses; then our main effects, 95% intervals.",
+         (13, 3.6), [("paper: points of AIME 2024 lost without it", "", partial(dots, None))] + [
+             (f"main effect on the accuracy, {title}", "", partial(dots, found.get(r)))
+             for r, title in RESPONSES.items()]),
+        ("interactions.png", found and (0, 1) in mean["effect"],
+         "How much more a piece does where another is on, halved; on the diagonal its main effect. "
+         "A star: the interval excludes 0.", (9, 6.5),
+         [("effects and interactions on the mean of training", "", partial(heat_map, mean))]),
+        ("curves.png", found, "All runs of the cube, by the piece that explains most.", (7.5, 4.5),
+         [("accuracy of the training rollouts", "rollouts", partial(all_curves, log, mean))]),
+        ("methods.png", "vapo" in rows, "Who learns fastest, and who is best at the end.",
+         (7.5, 4.5), [curves(METHODS, "test_accuracy", "held-out accuracy (range of seeds)", 0, 1)]),
+        ("critics.png", "vapo" in rows, "The critic through RL, beside what any could know.",
+         (13, 3.6), [curves(CRITICS, CRITIC[0], "explained variance of the critic", -0.2, 1),
+                     curves(CRITICS, CRITIC[1], "of the best possible critic", -0.2, 1),
+                     curves(CRITICS, CRITIC[2], "first-slip AUC", 0.4, 1)]),
+        ("length.png", {"30_dapo", "dapo", "300_dapo"} <= rows,
+         "Accuracy minus DAPO's, by the length of an answer.", (11, 4),
+         [(title, "tokens", partial(by_length, runs, r)) for r, title in RESPONSES.items()]),
+        ("long.png", "long_dapo" in rows, "Three times as many rollouts.", (11, 4),
+         [curves(GROUPS["long"], "test_accuracy", "held-out accuracy", 0, 1, x=x)
+          for x in ("answers", "gradient_steps")]),
+        ("evpo.png", "advantage_variance" in log,
+         "Where the explained variance is above 0, the critic lowers the variance of the advantages "
+         "(arXiv 2604.19485); a dot a rollout.", (6, 4.5),
+         [("variance of the advantages / of the outcomes", "explained variance",
+           partial(evpo, log))]),
     ]
 # fmt: on
 
 
-def bands(runs, rows, name, limits, axis):
+def lines(log, rows, x, y, limits, axis):
     """A metric's mean over seeds, and a band from lowest to highest."""
-    first = axis.get_subplotspec().is_first_col()
-    for i, row in enumerate(row for row in rows if row in runs):
-        numbers = {}
-        for line in sum(runs[row].values(), []):
-            if line.get(name) is not None:
-                numbers.setdefault(line.get("gradient_steps", 0), []).append(line[name])
-        most = max(map(len, numbers.values()), default=0)
-        numbers = {step: ys for step, ys in sorted(numbers.items()) if len(ys) == most}
-        low, mean, high = ([f(ys) for ys in numbers.values()] for f in (min, fmean, max))
-        axis.plot(list(numbers), mean, color=f"C{i}", label=TITLES[row] if first else None)
-        axis.fill_between(list(numbers), low, high, color=f"C{i}", alpha=0.15, linewidth=0)
-    axis.set_ylim(*limits)
+    import seaborn
+
+    own = log.reindex(columns=dict.fromkeys(["row", "step", "title", x, y]))
+    own = own[own["row"].isin(rows)].dropna(subset=[y])
+    own = own.assign(**{x: own.groupby(["row", "step"])[x].transform("mean")})
+    seaborn.lineplot(own, x=x, y=y, hue="title", errorbar=("pi", 100), ax=axis)
+    axis.set(ylim=limits, ylabel="", xlabel="")
 
 
-def bars(summary, ours, axis):
-    """The rows that the paper has too, by its numbers or by ours."""
-    rows = sorted((row for row in PAPER if row in summary), key=PAPER.get)
-    numbers = [100 * summary[row]["accuracy"] if ours else PAPER[row] for row in rows]
-    half = [100 * summary[row]["half"] for row in rows] if ours else None
-    colors = ["C1" if row in ("ppo", "dapo") else "C0" for row in rows]
-    axis.barh(range(len(rows)), numbers, xerr=half, color=colors)
-    axis.set_yticks(range(len(rows)), ["" if ours else TITLES[row] for row in rows])
+def dots(found, axis):
+    """The seven main effects and their intervals, or the paper's losses."""
+    if found:
+        effect, half = ([found[name][i,] for i in range(7)] for name in ("effect", "half"))
+        axis.errorbar(effect, range(7), xerr=half, fmt="o", capsize=3)
+        axis.axvline(0, color="k", lw=1)
+    else:
+        axis.barh(range(7), [60 - left for left in PAPER.values()], color="C1")
+    axis.set(yticks=range(7), yticklabels=[""] * 7 if found else TITLES, ylim=(6.5, -0.5))
+
+
+def heat_map(found, axis):
+    import seaborn
+
+    sets = [[tuple(sorted({i, j})) for j in range(7)] for i in range(7)]
+    effect = [[found["effect"][w] for w in row] for row in sets]
+    star = {w: "*" if abs(e) > found["half"][w] else "" for w, e in found["effect"].items()}
+    said = [[f"{found['effect'][w]:+.3f}{star[w]}" for w in row] for row in sets]
+    how = {"xticklabels": TITLES, "yticklabels": TITLES, "cmap": "PuOr_r", "center": 0}
+    seaborn.heatmap(effect, annot=said, fmt="", ax=axis, **how)
+
+
+def all_curves(log, found, axis):
+    import seaborn
+
+    most = max(range(7), key=lambda i: abs(found["effect"][i,]))
+    own = log[log["row"].str.startswith("cube_")].dropna(subset=["accuracy"])
+    own = own.assign(**{TITLES[most]: own["title"].str[most].map({"1": "on", "0": "off"})})
+    own["run"] = own["row"] + own["seed"].astype(str)
+    how = {"hue": TITLES[most], "hue_order": ["on", "off"], "units": "run", "estimator": None}
+    seaborn.lineplot(own, x="step", y="accuracy", lw=0.5, alpha=0.6, ax=axis, **how)
+    axis.set(ylim=(0, 1), xlabel="", ylabel="")
+
+
+def by_length(runs, response, axis):
+    mean = runs.groupby("row")[response].mean()
+    for row in (row.removeprefix("30_") for row in GROUPS["30"] if row != "30_dapo"):
+        apart = [mean.get(p + row, nan) - mean[f"{p}dapo"] for p in ("30_", "", "300_")]
+        axis.plot(("30", "100", "300"), apart, "o-", label=ROWS[row][0])
+    axis.axhline(0, color="k", lw=1)
+
+
+def evpo(log, axis):
+    import seaborn
+
+    own = log[log["row"].isin(CRITICS)].dropna(subset=["advantage_variance", "explained_variance"])
+    how = {"x": "explained_variance", "y": "advantage_variance", "hue": "title", "s": 8}
+    seaborn.scatterplot(own, ax=axis, **how)
+    axis.axhline(1, color="k", lw=1)
+    axis.axvline(0, color="k", lw=1)
+    axis.set(xlim=(-1, 1), ylim=(0, 3), xlabel="", ylabel="")
 
 
 @exit_on_bad_input
 def main(argv=None):
     out = parse(Settings, argv, __doc__).out
-    need("matplotlib", "scipy")
-    summary = report(Path(out))
-    print(f"{out}: {len(summary)} rows have finished runs")
-    return summary
+    need("pandas", "scipy", "seaborn")
+    runs = report(Path(out))
+    print(f"{out}: {len(runs)} finished runs")
+    return runs
 
 
 if __name__ == "__main__":

@@ -29,11 +29,15 @@ def call(script, argv, log):
         raise BadInput(f"{script} ended with exit code {code}, see {log}: {last}")
 
 
+def cores():
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def side_by_side(jobs, workers):
-    """Runs functions without arguments, `workers` at a time (0: as many as there are cores).
+    """Runs functions without arguments, `workers` at a time.
     Args: {name: function}. Yields: (name, what it returned, BadInput or None), as they end."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    pool = ThreadPoolExecutor(workers or cores)
+    pool = ThreadPoolExecutor(workers)
     names = {pool.submit(job): name for name, job in jobs.items()}
     try:
         for done in tqdm(as_completed(names), total=len(names), desc="runs"):

@@ -55,6 +55,8 @@ INVERSE = (
 COLUMNS = "test_table.py::test_every_column_of_the_docstring_is_written_where_it_says_and_no_other"
 NUMBERS = "test_table.py::test_the_numbers_of_a_rollout_by_hand"
 CUT = "test_table.py::test_what_is_cut_out_of_rows_and_put_together_again"
+SURPRISE = "test_model.py::test_a_critic_reads_how_unlikely_the_tokens_were"
+EFFECTS = "lab/test_effects.py"
 PRESETS = "test_vapo.py::test_each_preset_as_a_line_of_literals"
 EVALUATED = "test_evaluate.py::test_temperature_and_top_p_of_evaluations_are_their_own"
 OBJECTIVE = "test_value.py::test_value_looks_before_every_token_and_reward_after_the_last"
@@ -400,6 +402,20 @@ QUICK = [
     ("toy.py", "math.log((n + 0.5) / (n - 0.5))", "1.0", "test_toy.py"),
     ("toy.py", "take(rows, other), take(rows, half), pool=8",
      "take(rows, half), take(rows, half), pool=8", "test_truth.py"),
+    ("table.py", 't_BL - rows["prompt_length_B"][:, None]',
+     't_BL - rows["prompt_length_B"][:, None] + 1', SURPRISE),
+    ("table.py", "(t_BL < length_B1), surprise_BL", "(t_BL < length_B1 - 1), surprise_BL", SURPRISE),
+    ("table.py", 'outcome_BT - adv_BT, outcome_BT', 'outcome_BT + adv_BT, outcome_BT', NUMBERS),
+    ("system/loading.py", "critic.surprise.weight.zero_()", "pass", SURPRISE),
+    ("lab/effects.py", "signs(bits, sets) / 2", "signs(bits, sets)", EFFECTS),
+    ("lab/effects.py", "ddof=1) / 2)", "ddof=1))", EFFECTS),
+    ("lab/effects.py", "len(set_) >= 4", "len(set_) >= 1", EFFECTS),
+    ("lab/effects.py", "effect_W**2) * 128 / 4", "effect_W**2) * 128", EFFECTS),
+    ("lab/effects.py", "comb(6, bits.count", "comb(7, bits.count", EFFECTS),
+    ("lab/effects.py", "0.5 * max(accuracies", "0.4 * max(accuracies", EFFECTS),
+    ("ablate.py", "key=syndrome", "key=len", "test_ablate.py::test_a_part_of_the_cube_is_a_regular_fraction_of_resolution_four"),
+    ("ablate.py", "own = {piece: False for piece, bit in zip(PIECES, bits)",
+     "own = {piece: False for piece, bit in zip(PIECES, bits[::-1])", "test_ablate.py::test_the_cube_is_all_combinations_and_nothing_else_changes"),
 ]
 # Those that need a training run.
 SLOW = [
@@ -413,8 +429,8 @@ SLOW = [
      "test_vapo.py::test_the_rivals_run_from_start_to_saved_policy_each_in_its_own_way"),
     ("train_vapo.py", "start = starting_critic(settings, run_dir, policy)",
      "start = settings.model", "test_vapo.py::test_rewards_reach_the_pretrained_critic"),
-    ("model.py", "response_hidden(critic.base_model, rows, shift)",
-     "response_hidden(critic.base_model, rows)",
+    ("model.py", "response_hidden(critic.base_model, rows, shift, surprise)",
+     "response_hidden(critic.base_model, rows, 0, surprise)",
      "test_value.py::test_critic_from_a_reward_model_gives_the_reward_models_scores"),
     ("train_value.py", "(1 - step / limit if settings.decay else 1.0)", "1.0",
      "test_value.py::test_short_answers_come_first_and_the_learning_rate_falls_to_zero_if_asked"),

@@ -28,7 +28,9 @@ def runs(world, tmp_path_factory):
     flags = [f"@{world}/train_value.args", "--answers=512", "--passes=3", "--response_length=24"]
     train_value.main([*flags, "--objective=reward", f"--out={runs}/reward_model"])
     flags += [f"--reuse_answers={runs}/reward_model/answers.pt"]
-    train_value.main([*flags, f"--init={runs}/reward_model/critic", f"--out={runs}/value"])
+    flags += [f"--init={runs}/reward_model/critic"]
+    train_value.main([*flags, f"--out={runs}/value"])
+    train_value.main([*flags, "--critic_surprise", f"--out={runs}/surprise"])
     return runs
 
 
@@ -54,20 +56,20 @@ def outcome(row, runs, out):
     return vectors
 
 
-def test_every_row_of_the_paper_changes_the_outcome_of_one_step_and_nothing_else(runs, tmp_path):
+def test_every_row_changes_the_outcome_of_one_step_and_nothing_else(runs, tmp_path):
     vapo = settings_of("vapo", runs)
-    for row in ablate.GROUPS["paper"][1:]:
+    for row in ablate.MAIN:
         own, settings = ablate.ROWS[row][1], settings_of(row, runs)
         expected = set(own) - ({"lr"} if own.get("lr") == vapo.lr else set())
         if "preset" in expected:  # a preset brings its own
             expected |= set(train_vapo.PRESETS[row])
-        if settings.critic == "":  # without a pretrained critic, what else it starts from
+        if settings.critic != vapo.critic:  # without it, what else it starts from
             expected |= {"critic"} | ({"reward_model"} if settings.reward_model else set())
         assert changed(row, "vapo", runs) == expected, row
     vapo = outcome("vapo", runs, tmp_path)
     again = outcome("vapo", runs, tmp_path / "again")
     assert all(torch.equal(a, b) for a, b in zip(vapo, again))
-    for row in ablate.GROUPS["paper"][1:]:
+    for row in list(ablate.MAIN)[1:]:
         # that one moves the critic first, and through it the policy
         index = 1 if row == "no_decoupled_gae" else 0
         moved = outcome(row, runs, tmp_path)[index] - vapo[index]
@@ -96,6 +98,28 @@ def test_a_part_of_the_cube_is_a_regular_fraction_of_resolution_four(runs_done):
     pair_NQ = torch.stack([sign_NP[:, i] * sign_NP[:, j] for i in range(7) for j in range(i)], 1)
     assert torch.equal(sign_NP.T @ sign_NP, runs_done * torch.eye(7))
     assert not (sign_NP.T @ pair_NQ).any() and not sign_NP.sum(0).any()
+
+
+def test_worlds_of_other_lengths_and_longer_runs_change_nothing_else(runs):
+    assert ablate.start_of("30_vapo", runs) == runs / "start" / "30"
+    assert ablate.start_of("cube_1111111", runs) == runs / "start" / "100"
+    assert changed("300_dapo", "dapo", runs) == set()
+    assert changed("long_ppo", "ppo", runs) == {"steps"}
+    assert changed("vapo_64", "vapo", runs) == {"prompts", "mini_batch"}
+    assert len(ablate.GROUPS["30"]) == len(ablate.GROUPS["300"]) == len(ablate.MAIN) == 10
+
+
+def test_what_is_missing_is_said_with_its_hours(tmp_path, calls, capsys):
+    """A finished run of 8 rollouts took 1.5 minutes each; two like it are missing, two at once."""
+    finished(tmp_path / "runs" / "vapo-0", "vapo", 0, curve(0.1, 0.2, 0.3, 0.4))
+    jobs.keep(tmp_path / "runs" / "vapo-0", tmp_path / "out" / "raw" / "vapo-0.jsonl")
+    waiting = [("ppo", 0), ("cube_1111111", 1), ("300_vapo", 0)]
+    said = ablate.time_left(waiting, tmp_path / "runs", tmp_path / "out", 2)
+    assert said == ("3 runs are missing: 0.2 h, 2 side by side, and 1 of which none has ended yet")
+    flags = [*flags_of(tmp_path, "vapo"), "--seeds", "0"]
+    ablate.main(flags)
+    ablate.main(flags)
+    assert "nothing is missing" in capsys.readouterr().out
 
 
 def test_a_row_in_several_seeds_says_so_in_its_flags(runs):
@@ -127,7 +151,7 @@ def finished(directory, row, seed, lines):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What ablate.py calls, done at once, but for reports; a row named no_clip_higher fails."""
+    """What ablate.py calls, done at once, but for reports; a row named no_decoupled_gae fails."""
     called = []
 
     def call(script, argv, log):
@@ -138,7 +162,7 @@ def calls(monkeypatch):
         directory = Path(target.partition("=")[2])
         row, seed = directory.name.rsplit("-", 1)
         called.append((row, int(seed), "--resume" in target))
-        if row == "no_clip_higher":
+        if row == "no_decoupled_gae":
             raise BadInput("train_vapo.py ended with exit code 2, see the log: no such thing")
         finished(directory, row, int(seed), curve(0.5))
 
@@ -179,14 +203,14 @@ def test_a_run_made_with_other_settings_is_not_taken_for_the_rows(
 
 def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, calls, capsys):
     with pytest.raises(SystemExit) as error:
-        ablate.main([*flags_of(tmp_path, "no_clip_higher", "ppo"), "--seeds", "0"])
+        ablate.main([*flags_of(tmp_path, "no_decoupled_gae", "ppo"), "--seeds", "0"])
     said = capsys.readouterr().err
-    assert error.value.code == 2 and "1 runs failed: no_clip_higher, seed 0:" in said
+    assert error.value.code == 2 and "1 runs failed: no_decoupled_gae, seed 0:" in said
     raw = tmp_path / "out" / "raw"
-    assert (raw / "ppo-0.jsonl").exists() and not (raw / "no_clip_higher-0.jsonl").exists()
+    assert (raw / "ppo-0.jsonl").exists() and not (raw / "no_decoupled_gae-0.jsonl").exists()
     import_module("lab.report").main([f"--out={tmp_path}/out"])
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "| PPO | 5 | 0.500 |  | – |" in text  # one row, one seed, nothing to compare with
+    assert "| PPO | 0.250 | 0.500 |  |  |" in text  # one row, one seed, nothing to compare with
 
 
 def test_two_at_once_do_not_take_the_same_run(tmp_path, calls, capsys):

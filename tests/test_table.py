@@ -147,11 +147,14 @@ def test_the_numbers_of_a_rollout_by_hand():
         # R = 1, 0, 0, 0 has the variance 3/16; R − V = ½, −¼, −½, −¾ the mean −¼, and the variance
         # (9/16 + 0 + 1/16 + 4/16) / 4 = 7/32
         "explained_variance": 1 - (7 / 32) / (3 / 16),
+        # Â = 1, 1, −2, −4: the mean −1, and the variance (4 + 4 + 1 + 9) / 4
+        "advantage_variance": (18 / 4) / (3 / 16),
     }  # fmt: skip
     numbers = {name: number.item() for name, number in table.rollout_metrics(rows).items()}
     assert numbers == pytest.approx(expected)
     without = {name: rows[name] for name in rows if name not in ("old_value_BT", "lam_B")}
-    names = set(expected) - {"explained_variance", "value_first", "value_last"}
+    names = set(expected) - {"explained_variance", "advantage_variance"}
+    names -= {"value_first", "value_last"}
     assert table.rollout_metrics(without).keys() == {n for n in names if "lambda" not in n}
 
 

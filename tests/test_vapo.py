@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, GPT2Config
 
@@ -566,6 +567,49 @@ def test_a_resumed_dapo_run_equals_the_uninterrupted_one(world, tmp_path):
     train_vapo.main([f"--resume={tmp_path}/part", "--steps=2"])
     part, whole = (without_clock(metrics_of(tmp_path / name)) for name in ("part", "whole"))
     assert part == whole
+
+
+def test_a_perfect_critic_knows_the_rollout_before_and_its_run_resumes_exactly(
+    world, tmp_path, monkeypatch
+):
+    seen, perfect = [], train_vapo.toy.perfect_values
+
+    def spy(*how):
+        *_, before, rows = how
+        seen.append((before, dict(rows)))
+        return perfect(*how)
+
+    monkeypatch.setattr(train_vapo.toy, "perfect_values", spy)
+    flags = ["--perfect_critic", "--eval_every=1"]
+    vapo_run(world, tmp_path / "whole", *flags, "--steps=2")
+    (none, first), _, (before, second), _ = seen  # each time `score_critic` counts for itself, too
+    assert none is None and torch.equal(before["token_BL"], first["token_BL"])
+    assert not torch.equal(before["reward_B"], second["reward_B"])
+    vapo_run(world, tmp_path / "part", *flags, "--steps=1")
+    train_vapo.main([f"--resume={tmp_path}/part", "--steps=2"])
+    part, whole = (without_clock(metrics_of(tmp_path / name)) for name in ("part", "whole"))
+    assert part == whole and whole[2]["explained_variance"] > 0.2 and "value_loss" not in whole[2]
+    assert not (tmp_path / "whole" / "critic").exists()
+
+
+def test_a_perfect_critic_needs_a_world_whose_truth_is_known(world, tmp_path, capsys):
+    lines = (world / "train.jsonl").read_text()
+    (tmp_path / "other.jsonl").write_text(lines)
+    with pytest.raises(SystemExit) as error:
+        vapo_run(world, tmp_path / "run", "--perfect_critic", f"--train={tmp_path}/other.jsonl")
+    assert error.value.code == 2 and "the truth is not known here" in capsys.readouterr().err
+
+
+def test_a_critic_that_reads_how_unlikely_tokens_were_learns_to_use_it(world, tmp_path):
+    flags = ["--critic_surprise", "--eval_every=1"]
+    vapo_run(world, tmp_path / "run", *flags, "--steps=2")
+    vapo_run(world, tmp_path / "part", *flags, "--steps=1")
+    train_vapo.main([f"--resume={tmp_path}/part", "--steps=2"])
+    part, whole = (without_clock(metrics_of(tmp_path / name)) for name in ("part", "run"))
+    assert part == whole
+    first, last = (load_file(tmp_path / "run" / critic / "model.safetensors")["surprise.weight"]
+                   for critic in ("value/critic", "critic"))  # fmt: skip
+    assert first.shape == last.shape and not torch.equal(first, last)
 
 
 def test_a_flag_beside_a_preset_counts_more(world, tmp_path):

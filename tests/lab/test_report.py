@@ -1,13 +1,13 @@
 """report.py: a table whose numbers can be followed by hand, findings, figures."""
 
 import json
-import math
 import re
 from pathlib import Path
 
 import pytest
 from helpers import fails_with
 
+from ablate import GROUPS
 from lab import plot, report
 
 RESULTS = Path(__file__).parent.parent.parent / "results"
@@ -36,88 +36,92 @@ def kept(out, runs):
 
 
 def test_the_table_is_computed_from_the_files_as_by_hand(tmp_path):
+    critic = {"explained_variance": 0.3, "best_explained_variance": 0.5, "slip_auc": 0.9}
+    late = curve(0.4, 0.6, 0.7, 0.7)
+    late[7] |= critic
+    late[8] |= critic | {"explained_variance": 0.1}
+    late[6] |= {"explained_variance": -9.0}  # the last quarter of 8 rollouts is 7 and 8
     out = kept(tmp_path, {
-        "vapo-0": curve(0.4, 0.7, 0.8, 0.9), "vapo-1": curve(0.4, 0.6, 0.7, 0.7),
+        "vapo-0": curve(0.4, 0.7, 0.8, 0.9), "vapo-1": late,
         "dapo-0": curve(0.3, 0.4, 0.5, 0.7, answers=150),
         "dapo-1": curve(0.3, 0.4, 0.5, 0.6, answers=150),
-        "no_clip_higher-0": curve(0.1, 0.2, 0.6, 0.5),
-        "no_clip_higher-1": curve(0.1, 0.2, 0.2, 0.4),
+        "no_such_row-0": curve(0.1),
     })  # fmt: skip
-    runs = report.read_raw(out)
-    summary = report.summarise(runs)
-    # Finals 0.9 and 0.7: mean 0.8, s = √0.02, half = 12.706 · √0.02 / √2 = 1.2706
-    assert summary["vapo"]["accuracy"] == pytest.approx(0.8)
-    assert summary["vapo"]["half"] == pytest.approx(1.2706, rel=1e-4)
-    # 0.5 − 0.9 and 0.4 − 0.7: mean −0.35, s = √0.005, half = 12.706 · 0.05 = 0.6353
-    row = summary["no_clip_higher"]
-    assert row["difference"] == pytest.approx(-0.35)
-    assert row["difference_half"] == pytest.approx(0.6353, rel=1e-4)
-    # DAPO's best mean is 0.65, after 8 rollouts = 32 gradient steps; VAPO's mean is 0.65 after
-    # 4 = 16; the third never.
-    steps = [summary[row]["steps_to_dapo"] for row in ("dapo", "vapo", "no_clip_higher")]
-    assert steps == [32, 16, None]
-    assert summary["dapo"]["answers"] == 1200
-    assert summary["vapo"]["minutes"] == pytest.approx(8 * 1.5)
-    report.main([f"--out={out}"])
+    runs = report.main([f"--out={out}"])
+    assert len(runs) == 4
     text = (out / "README.md").read_text()
-    said = "| w/o clip-higher | 46 | 0.450 ± 0.635 | -0.350 ± 0.635 | – | 800 | 12.0 | 2 |"
-    assert said in text and "6 runs; revision abc;" in text
-    for name in ("methods.png", "ablation.png", "dynamics.png"):
+    # Finals 0.9 and 0.7: mean 0.8, s = √0.02, half = 12.706 · √0.02 / √2 = 1.2706. Trained at half
+    # of the accuracies: means 0.35 and 0.3, half = 12.706 · 0.05 / 2
+    assert (
+        "| VAPO | 0.325 ± 0.318 | 0.800 ± 1.271 |  |  | 0.200 | 0.500 | 0.900 | 800 | 12.0 | 2 |"
+        in text
+    )
+    # 0.7 − 0.9 and 0.6 − 0.7: mean −0.15, half = 12.706 · 0.05; trained: −0.1125 and −0.075
+    said = "| DAPO | 0.231 ± 0.079 | 0.650 ± 0.635 | -0.094 ± 0.238 | -0.150 ± 0.635 |"
+    assert said in text and "4 runs; revision abc." in text
+    for name in ("methods.png", "critics.png"):
         assert (out / name).stat().st_size > 5000
 
 
-def test_single_pieces_learning_rates_and_the_critic_are_told_apart(tmp_path):
-    known = {"best_explained_variance": 0.4}
-    value = [
-        {"step": 0, "value_loss": 0.1, "explained_variance": 0.0, "slip_auc": 0.5} | known,
-        {"step": 1, "train_value_loss": 0.01},
-        {"step": 2, "value_loss": 0.05, "explained_variance": 0.3, "slip_auc": 0.8} | known,
-        # Past the best pass.
-        {"step": 4, "value_loss": 0.06, "explained_variance": 0.1, "slip_auc": 0.9} | known,
-    ]
-    out = kept(tmp_path, {
-        "vapo-0": curve(0.4, 0.8), "ppo-0": curve(0.2, 0.3),
-    })  # fmt: skip
-    (out / "start" / "value").mkdir(parents=True)
-    text = "".join(json.dumps(line) + "\n" for line in value)
-    (out / "start" / "value" / "metrics.jsonl").write_text(text)
+def test_the_cube_as_a_table_with_its_predictions_and_its_falls(tmp_path):
+    """Piece 1 is worth 0.2 in the end, half of that in training; one run falls."""
+    runs = {f"{row}-0": curve(0.5 + 0.2 * (row[5] == "1")) for row in GROUPS["cube"][:16]}
+    runs["cube_0000000-0"] = [dict(line) for line in curve(0.5, 0.5)]
+    runs["cube_0000000-0"][3]["accuracy"] = 0.1
+    out = kept(tmp_path, runs)
+    said = "| value pretraining | +0.01 | +0.01 | -0.02 | +0.04 | +0.01 | +0.01 |\n"
+    (out / "predictions.md").write_text(said)
     report.main([f"--out={out}"])
-    assert (out / "pretraining.png").stat().st_size > 5000
+    text = (out / "README.md").read_text()
+    assert "16 runs, 16 of 128 combinations" in text and "1 runs fell below half" in text
+    row = next(line for line in text.splitlines() if line.startswith("| value pretraining | 49 |"))
+    cells = row.split(" | ")
+    # 8 runs with it trained at 0.35; without it, seven at 0.25 and one at (0.25 · 3 + 0.1) / 4
+    assert cells[2].startswith(f"{0.35 - (7 * 0.25 + 0.2125) / 8:.3f} ±")
+    assert cells[3].startswith("0.200 ±") and cells[8:10] == ["0%", "12%"]
+    assert cells[10:] == ["+0.04", "-0.02 |"] and "Signs predicted right: 1 of 14" in text
+    assert "| 3 | 0.1 |" in text and (out / "effects.png").stat().st_size > 5000
 
 
-def test_one_run_alone_is_no_reason_to_fail(tmp_path):
-    report.main([f"--out={kept(tmp_path, {'ppo-0': curve(0.5)})}"])
-    assert "| PPO | 5 | 0.500 |  | – |" in (tmp_path / "README.md").read_text()
+def test_fifteen_runs_of_the_cube_are_not_yet_a_fraction_of_it(tmp_path):
+    runs = {f"{row}-0": curve(0.5) for row in GROUPS["cube"][:15]}
+    report.main([f"--out={kept(tmp_path, runs)}"])
+    assert "The seven pieces" not in (tmp_path / "README.md").read_text()
 
 
-def test_a_best_score_at_the_start_is_no_never():
-    runs = {"vapo": {0: curve(0.05, 0.2)}, "dapo": {0: curve(0.05, 0.05)}}
-    summary = report.summarise(runs)
-    assert summary["vapo"]["steps_to_dapo"] == summary["dapo"]["steps_to_dapo"] == 0
+def test_every_figure_is_drawn_where_its_runs_are(tmp_path):
+    numbers = {"explained_variance": 0.1, "advantage_variance": 0.9}
+    lines = [line | numbers if line["step"] else line for line in curve(0.5, 0.6)]
+    rows = [*GROUPS["cube"], *GROUPS["main"], *GROUPS["30"], *GROUPS["300"], *GROUPS["long"]]
+    out = kept(tmp_path, {f"{row}-0": lines for row in rows})
+    report.main([f"--out={out}"])
+    text = (out / "README.md").read_text()
+    drawn = set(re.findall(r"\]\((\w+\.png)\)", text))
+    assert drawn == {path.name for path in out.glob("*.png")} and len(drawn) == 8
+    assert "128 of 128" in text and "## 300 tokens" in text and "Largest interactions" in text
 
 
 def test_intervals_by_hand():
-    mean, half = report.mean_interval([1.0, 2.0, 3.0])  # s = 1, t = 4.303, √3
-    assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3), rel=1e-4)
-    mean, half = report.mean_interval([5.0])
-    assert mean == 5 and math.isnan(half)
+    pandas = pytest.importorskip("pandas")
+    assert report.interval(pandas.Series([1.0, 2.0, 3.0])) == "2.000 ± 2.484"  # 4.303 / √3
+    assert report.interval(pandas.Series([5.0])) == "5.000" and report.interval([]) == ""
 
 
 def test_the_results_in_this_repository_are_what_their_raw_files_say(tmp_path):
-    (tmp_path / "raw").symlink_to(RESULTS / "raw")
-    (tmp_path / "start").symlink_to(RESULTS / "start")
+    for name in ("raw", "predictions.md"):
+        (tmp_path / name).symlink_to(RESULTS / name)
     report.main([f"--out={tmp_path}"])
     again, stored = (out / "README.md" for out in (tmp_path, RESULTS))
     assert again.read_text().split() == stored.read_text().split()
     names = re.findall(r"\]\((\w+\.png)\)", again.read_text())
-    assert len(names) == 4 and all((tmp_path / name).stat().st_size > 5000 for name in names)
+    assert names and all((RESULTS / name).stat().st_size > 5000 for name in names)
 
 
-def test_without_runs_it_writes_nothing_and_without_matplotlib_it_says_so(
+def test_without_runs_it_writes_nothing_and_without_seaborn_it_says_so(
     tmp_path, capsys, monkeypatch
 ):
-    assert report.main([f"--out={tmp_path}/none"]) == {}
+    assert not len(report.main([f"--out={tmp_path}/none"]))
     assert capsys.readouterr().out.count("\n") == 1 and not (tmp_path / "none").exists()
     monkeypatch.setattr(plot, "find_spec", lambda name: None)
-    said = "tables and pictures need matplotlib scipy: pip install matplotlib scipy"
+    said = "tables and pictures need pandas scipy seaborn: pip install pandas scipy seaborn"
     fails_with(capsys, report.main, [f"--out={tmp_path}/none"], said)
