@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -134,6 +135,19 @@ def test_a_rank_without_prompts_compares_its_answers_too(monkeypatch):
             engine, tokenizer, [{"prompt": [3]}], 1, 2, 1.0, source, engine="vllm"
         )
         assert len(compared) == rank + 1 and rows["length_B"].tolist() == [2]
+
+
+def test_its_own_all_reduce_is_off_for_it_cannot_share_expandable_segments(monkeypatch):
+    """With them, which loading.py turns on, it ends the process while graphs are captured."""
+    asked = {}
+    fake = SimpleNamespace(LLM=lambda model, **how: asked.update(how), SamplingParams=dict)
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.setattr(vllm_engine, "ENVIRONMENT", {})
+    policy = SimpleNamespace(device=torch.device("cpu"), generation_config=None)
+    policy.compute_dtype, policy.parameters = torch.float32, list
+    own = {"model": "", "sample_rows": 1, "seed": 0, "vllm_memory": 0.2, "tensor_parallel": 2}
+    vllm_engine.Engine(SimpleNamespace(**own), policy, 8)
+    assert asked["disable_custom_all_reduce"] and asked["tensor_parallel_size"] == 2
 
 
 @pytest.mark.skipif(is_there, reason="vLLM is installed")
