@@ -50,7 +50,7 @@ def sampler(base):
 @needs_vllm
 def test_vllm_draws_from_the_distribution_of_the_model(world, sampler):
     engine, policy, tokenizer = sampler
-    problems, source = asked(world, tokenizer, 1), torch.Generator().manual_seed(0)
+    problems, source = asked(world, tokenizer, 1), torch.Generator(policy.device).manual_seed(0)
     rows = rollout.sample(engine, tokenizer, problems, 3_000, 2, 1.0, source, engine="vllm")
     assert deviation(rows, policy, tokenizer, problems[0]["prompt"]) < 5
 
@@ -69,11 +69,11 @@ def test_vllm_is_reproducible_and_has_the_weights_and_log_probs_of_training_afte
         # fills a block of the prefix cache, or two
         problems[0]["prompt"] = problems[0]["prompt"][:3] * 95
         common = (engine, tokenizer, problems, 4, 24, temperature)
-        sources = [torch.Generator().manual_seed(1) for _ in range(2)]
+        sources = [torch.Generator(policy.device).manual_seed(1) for _ in range(2)]
         rows, again = (rollout.sample(*common, source, engine="vllm") for source in sources)
         assert torch.equal(rows["token_BL"], again["token_BL"])
         assert len(rows["length_B"].unique()) > 3
-        logp_BT, _ = model.policy_logprobs(policy, rows, temperature)
+        logp_BT, _ = model.all_logprobs(policy, rows, temperature, 10_000)
         on_BT = table.response_mask(rows).bool()
         pair = logp_BT[on_BT], rows["sampled_logp_BT"][on_BT]
         torch.testing.assert_close(*pair, rtol=0, atol=1e-4)
