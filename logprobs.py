@@ -3,9 +3,9 @@
 A model's last step multiplies hidden states [N, D] by the output matrix [V, D]. For 2,048 tokens
 and 150,000 words that product is 1.2 GB in float32, and autograd keeps several of its size. Here it
 is made a slice of the vocabulary at a time: the log-sum-exp runs along, and the backward pass makes
-a slice of logits again, turns it into its gradient in place, and multiplies it away. The first
-slices, up to KEEP numbers or the size of the output matrix, are kept instead of made again: the
-matrix's gradient takes their place as it grows.
+a slice of logits again, turns it into its gradient, and multiplies it away. The first slices, up to
+KEEP numbers or the size of the output matrix, are kept instead of made again: the matrix's gradient
+takes their place as it grows.
 
 Shapes: B rows, T response tokens, N = B·T tokens, V vocabulary, S words of a slice, D width.
 """

@@ -27,7 +27,7 @@ pretraining writes target_BT and critic_weight_BT itself.
 
 Columns named _BL and _BT are cut to the longest row; a rollout's are 0 beyond a row's end. No mask
 is ever derived from a pad id: the lengths say where a row ends. A table is in the CPU's memory (the
-paper's, 8,192 answers of 20,480 tokens, has 7 GB); only micro-batches go to the GPU, by `take`.
+paper's, 8,192 answers of 20,480 tokens, has 6 GB); only micro-batches go to the GPU, by `take`.
 Shapes: B rows; L prompt + response tokens; T response tokens.
 """
 
@@ -64,10 +64,10 @@ def surprise_of(rows, limit=8.0):
 
 def take(rows, index_N, device=None):
     """The given rows, on the device, with the columns of tokens cut to the longest of them."""
-    part = {name: column[index_N].to(device) for name, column in rows.items()}
+    part = {name: column[index_N] for name, column in rows.items()}
     widths = {"BL": int((part["prompt_length_B"] + part["length_B"]).max()),
               "BT": int(part["length_B"].max())}  # fmt: skip
-    return {name: column[:, : widths[name[-2:]]] if name[-2:] in widths else column
+    return {name: (column[:, : widths[name[-2:]]] if name[-2:] in widths else column).to(device)
             for name, column in part.items()}  # fmt: skip
 
 

@@ -33,7 +33,7 @@ import torch
 from gae import explained_variance
 from system import base_model, distributed, settings
 from system.checkpoint import export
-from system.run import exit_on_bad_input, require, write_json, write_lines
+from system.run import exit_on_bad_input, require, write_json, write_lines, written_whole
 from system.settings import AT_LEAST_1, POSITIVE, SHARE, flag
 from system.truth import ANSWER, LETTERS, REDO, auc, best_values, step_drops
 from table import response_mask, take
@@ -147,8 +147,7 @@ def build(world, progress=True):
     """Writes the world into `world.out`, unless it is there, and each script's flags, SCRIPT.args:
     base/ (model and tokenizer), train.jsonl, test.jsonl and, last, world.json (settings and map).
     Returns: the directory. Raises: BadInput if another world is there."""
-    out = Path(world.out)
-    step = secret_map(world)
+    out, step = Path(world.out), secret_map(world)
     record = {"settings": {k: v for k, v in asdict(world).items() if k != "out"}, "map": step}
     if (out / "world.json").exists():
         same = json.loads((out / "world.json").read_text()) == record
@@ -164,7 +163,10 @@ def build(world, progress=True):
         write_json(out / "world.json", record)
     for script in SETTINGS:
         path, flags = out / f"{script}.args", flags_of(script, out, world)
-        path.write_text("".join(f"--{name}={value}\n" for name, value in flags.items()))
+        text = "".join(f"--{name}={value}\n" for name, value in flags.items())
+        if not path.exists() or path.read_text() != text:  # other runs may be reading it
+            with written_whole(path) as file:
+                file.write(text.encode())
     return out
 
 

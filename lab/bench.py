@@ -8,7 +8,6 @@ Both sides have the same inputs, in one process, and take turns. A line has the 
 and how many times as fast ours is: the median of the turns' ratios, their lowest and highest.
 """
 
-import copy
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -98,9 +97,9 @@ def bench_sampling(engine, asked, device, generator):
 
 
 def scored(policy, rows, asked):
-    """(policy, a critic like it, rows, asked), the rows scored as by train_vapo.train."""
-    critic = copy.deepcopy(policy)
-    critic.score = torch.nn.Linear(policy.config.hidden_size, 1, device=policy.device)
+    """(policy, a critic, rows, asked), the rows scored as by train_vapo.train."""
+    critic = loading.load_critic(asked.model, policy.device, dtype=asked.dtype)
+    torch.nn.init.normal_(loading.value_head(critic).weight, std=0.1)  # at 0 no gradient passes
     train_vapo.score(policy, critic, rows, asked)
     train_vapo.advantages(rows, asked)
     return policy, critic, rows, asked

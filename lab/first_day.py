@@ -106,8 +106,8 @@ def memory(flags, device):
     asked = settings.parse(plan.Settings, flags, "")
     policy, tokenizer, (problems,) = model.set_up(asked, [asked.train])
     generator, cuda = run.seeded_generator(0, "first day", device), device.type == "cuda"
-    how = (tokenizer, problems[: asked.prompts], asked, generator)
-    inputs = bench.scored(policy, bench.sample(loading.sampling_copy(policy), *how), asked)
+    how = (loading.sampling_copy(policy), tokenizer, problems[: asked.prompts], asked, generator)
+    inputs = bench.scored(policy, bench.sample(*how), asked)  # the copy stays, as in a run
     torch.cuda.reset_peak_memory_stats() if cuda else None
     with Live() as live:
         bench.update(*inputs)
@@ -160,12 +160,9 @@ def main(argv=None):
     run.write_json(out / "numbers.json", {"on": run.describe(device), "steps": numbers})
     rows = [f"| {name} | " + ", ".join(f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}"
             for n, v in found.items()) + " |" for name, found in numbers.items()]  # fmt: skip
-    page = [
-        "# First day",
-        f"`{run.describe(device)}`",
-        "\n".join(["| step | |", "|---|---|", *rows]),
-    ]
-    page.append(f"Failed: {', '.join(failed) or 'nothing'}.")
+    page = ["# First day", f"`{run.describe(device)}`"]
+    page += ["\n".join(["| step | |", "|---|---|", *rows])]
+    page += [f"Failed: {', '.join(failed) or 'nothing'}."]
     (out / "README.md").write_text("\n\n".join(page) + "\n")
     print(f"{out}/README.md\nfailed: {', '.join(failed) or 'nothing'}")
     return failed

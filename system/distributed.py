@@ -126,7 +126,7 @@ def part(items, i, count):
 def deal(micro_batches):
     """This rank's micro-batches (index tensors) of a pass: as many on every rank, as each pass is a
     collective; every `world`-th, so that all ranks have short and long rows alike. To come out even
-    the largest are halved or, for want of rows, the first two, the shortest, become one.
+    the largest are halved or, for want of rows, the shortest become one, two by two.
     Raises: AssertionError for fewer rows than ranks."""
     micro_batches, rows = list(micro_batches), sum(map(len, micro_batches))
     assert rows >= world(), "fewer rows than ranks"
@@ -135,7 +135,7 @@ def deal(micro_batches):
         at = max(range(len(micro_batches)), key=lambda i: len(micro_batches[i]))
         micro_batches[at : at + 1] = micro_batches[at].tensor_split(2)
     while len(micro_batches) % world():
-        micro_batches[:2] = [torch.cat(micro_batches[:2])]
+        micro_batches = [*micro_batches[2:], torch.cat(micro_batches[:2])]
     return micro_batches[rank() :: world()]
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def call(script, argv, log):
-    """Runs a script ("toy.py"; "lab.bias" for -m) on one core, said in `log`. Raises: BadInput."""
+    """Runs a script ("toy.py"; "lab.plot" for -m) on one core, said in `log`. Raises: BadInput."""
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     path, one_core = ROOT / script, {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *([path] if path.is_file() else ["-m", script]), *map(str, argv)]

@@ -71,6 +71,7 @@ class Engine:
                     enforce_eager=self.device.type == "cpu", logprobs_mode="processed_logprobs",
                     tensor_parallel_size=settings.tensor_parallel, disable_log_stats=True,
                     distributed_executor_backend=backend, skip_tokenizer_init=True,
+                    disable_custom_all_reduce=True,  # cannot share expandable segments (loading.py)
                 )  # fmt: skip
         except (ValueError, RuntimeError, OSError, ImportError) as error:
             by_pydantic = hasattr(error, "errors")

@@ -46,11 +46,11 @@ def test_sampler_log_probs_are_training_log_probs(
     rows = draw_answers(policy, tokenizer, problems, temperature=temperature, sample_rows=24)
     assert len(rows["length_B"].unique()) > 5
     assert rows["stop_B"].any() and not rows["stop_B"].all()  # rows left the cache
-    logp_BT, _ = model.policy_logprobs(policy, rows, temperature)
+    logp_BT, _ = model.all_logprobs(policy, rows, temperature, 10_000)
     on_BT = table.response_mask(rows).bool()
     torch.testing.assert_close(logp_BT[on_BT], rows["sampled_logp_BT"][on_BT], **near(policy))
     # and the last token of an answer is its only EOS
-    eos_N = torch.tensor(loading.eos_ids(policy, tokenizer), device=policy.device)
+    eos_N = torch.tensor(loading.eos_ids(policy, tokenizer))
     ends_BT = torch.isin(table.response_tokens(rows), eos_N) & on_BT
     assert torch.equal(ends_BT.sum(dim=1).bool(), rows["stop_B"]) and ends_BT.sum(dim=1).max() == 1
 
@@ -63,7 +63,7 @@ def test_top_p_and_the_log_probs_of_both_engines(policy, tokenizer, problems, en
     greedy = rollout.sample(*asked, 0.0, source, engine=engine)
     assert torch.equal(rows["token_BL"], greedy["token_BL"])  # one word is left
     rows = rollout.sample(*asked, 0.6, source, engine=engine)
-    logp_BT, _ = model.policy_logprobs(policy, rows, 0.6)
+    logp_BT, _ = model.all_logprobs(policy, rows, 0.6, 10_000)
     torch.testing.assert_close(rows["sampled_logp_BT"], logp_BT, **near(policy))
 
 

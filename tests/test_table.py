@@ -113,6 +113,17 @@ def test_what_is_cut_out_of_rows_and_put_together_again():
     assert together["length_B"].tolist() == [2, 3]
 
 
+def test_only_what_is_cut_out_travels_to_the_device():
+    """Short answers of a table with a long one: on a GPU nothing of that width is kept alive."""
+    rows = {"token_BL": torch.zeros(3, 1000, dtype=torch.long), "adv_BT": torch.zeros(3, 900)}
+    rows["prompt_length_B"] = torch.tensor([100, 4, 5])
+    rows["length_B"] = torch.tensor([900, 6, 2])
+    part = table.take(rows, torch.tensor([1, 2]), "meta")  # which has no numbers to look at
+    found = {name: column.untyped_storage().nbytes() for name, column in part.items()}
+    assert found == {"token_BL": 2 * 10 * 8, "adv_BT": 2 * 6 * 4,
+                     "prompt_length_B": 16, "length_B": 16}  # fmt: skip
+
+
 def test_micro_batches_by_hand():
     # Lengths 5, 2, 5, 10, 6: two rows of 5 with padding are 10, with a third 15; 5 and 6 are 12.
     rows = {"prompt_length_B": torch.tensor([3, 1, 2, 1, 5]),

@@ -61,10 +61,17 @@ def test_a_built_world_has_disjoint_problems_and_is_not_built_twice(world):
     train, test = (files.load_problems(world / f"{name}.jsonl") for name in ("train", "test"))
     assert not {p["problem"] for p in train} & {p["problem"] for p in test}
     assert len({p["problem"] for p in test}) == len(test) == 8
-    before = (world / "base" / "model.safetensors").stat().st_mtime_ns
+    # Other runs may be reading the flags: they stay as they are, or are replaced as a whole.
+    paths = [world / "base" / "model.safetensors", *world.glob("*.args")]
+    before = [(path.stat().st_ino, path.stat().st_mtime_ns) for path in paths]
     settings = json.loads((world / "world.json").read_text())["settings"]
     toy.build(toy.World(**settings, out=str(world)), progress=False)
-    assert (world / "base" / "model.safetensors").stat().st_mtime_ns == before
+    assert [(path.stat().st_ino, path.stat().st_mtime_ns) for path in paths] == before
+    flags = paths[1].read_text()
+    paths[1].write_text("--of_an_older=revision\n")
+    with paths[1].open() as reading:
+        toy.build(toy.World(**settings, out=str(world)), progress=False)
+        assert reading.read() == "--of_an_older=revision\n" and paths[1].read_text() == flags
 
 
 def test_only_the_worlds_own_problems_are_of_it(world):

@@ -132,7 +132,7 @@ def test_gradients_do_not_depend_on_the_micro_batch_split(pair, rows, only):
     splits = [replace(settings, micro_batch_tokens=tokens) for tokens in (10_000, 60, 1)]
     (*whole, expected), *others = (gradients(pair, rows, split) for split in splits)
     assert expected.pop("padding") > 0  # all rows side by side; one by one there is none
-    tolerance = 1e-5 if rows["adv_BT"].device.type == "cpu" else 2e-2
+    tolerance = 1e-5 if pair[0].device.type == "cpu" else 2e-2  # bf16 on CUDA
     for *vectors, metrics in others:
         for vector, at_once in zip(vectors, whole):
             near = {"rtol": 0, "atol": tolerance * at_once.abs().max().item()}

@@ -9,7 +9,7 @@ from helpers import fails_with
 
 import model
 import train_vapo
-from lab import bench
+from lab import bench, plan
 from system import settings
 from system.run import seeded_generator
 
@@ -50,6 +50,8 @@ def test_both_sides_of_the_update_make_the_same_gradients(world, monkeypatch):
     policy, tokenizer, (problems,) = model.set_up(asked, [asked.train])
     how = (tokenizer, problems[:6], asked, seeded_generator(0, "test"))
     policy, critic, rows, _ = bench.scored(policy, bench.sample(policy, *how), asked)
+    shape = plan.shapes(settings.parse(plan.Settings, [*flags, "--device=cpu"], ""))
+    assert critic.num_parameters() == shape.critic  # what first_day holds against the plan
     found = []
     for network in (policy, critic):  # `update` throws the gradients away by zero_grad
         monkeypatch.setattr(network, "zero_grad", lambda network=network: found.append(

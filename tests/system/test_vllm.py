@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -49,7 +50,7 @@ def sampler(base):
 @needs_vllm
 def test_vllm_draws_from_the_distribution_of_the_model(world, sampler):
     engine, policy, tokenizer = sampler
-    problems, source = asked(world, tokenizer, 1), torch.Generator().manual_seed(0)
+    problems, source = asked(world, tokenizer, 1), torch.Generator(policy.device).manual_seed(0)
     rows = rollout.sample(engine, tokenizer, problems, 3_000, 2, 1.0, source, engine="vllm")
     assert deviation(rows, policy, tokenizer, problems[0]["prompt"]) < 5
 
@@ -68,11 +69,11 @@ def test_vllm_is_reproducible_and_has_the_weights_and_log_probs_of_training_afte
         # fills a block of the prefix cache, or two
         problems[0]["prompt"] = problems[0]["prompt"][:3] * 95
         common = (engine, tokenizer, problems, 4, 24, temperature)
-        sources = [torch.Generator().manual_seed(1) for _ in range(2)]
+        sources = [torch.Generator(policy.device).manual_seed(1) for _ in range(2)]
         rows, again = (rollout.sample(*common, source, engine="vllm") for source in sources)
         assert torch.equal(rows["token_BL"], again["token_BL"])
         assert len(rows["length_B"].unique()) > 3
-        logp_BT, _ = model.policy_logprobs(policy, rows, temperature)
+        logp_BT, _ = model.all_logprobs(policy, rows, temperature, 10_000)
         on_BT = table.response_mask(rows).bool()
         pair = logp_BT[on_BT], rows["sampled_logp_BT"][on_BT]
         torch.testing.assert_close(*pair, rtol=0, atol=1e-4)
@@ -134,6 +135,19 @@ def test_a_rank_without_prompts_compares_its_answers_too(monkeypatch):
             engine, tokenizer, [{"prompt": [3]}], 1, 2, 1.0, source, engine="vllm"
         )
         assert len(compared) == rank + 1 and rows["length_B"].tolist() == [2]
+
+
+def test_its_own_all_reduce_is_off_for_it_cannot_share_expandable_segments(monkeypatch):
+    """With them, which loading.py turns on, it ends the process while graphs are captured."""
+    asked = {}
+    fake = SimpleNamespace(LLM=lambda model, **how: asked.update(how), SamplingParams=dict)
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.setattr(vllm_engine, "ENVIRONMENT", {})
+    policy = SimpleNamespace(device=torch.device("cpu"), generation_config=None)
+    policy.compute_dtype, policy.parameters = torch.float32, list
+    own = {"model": "", "sample_rows": 1, "seed": 0, "vllm_memory": 0.2, "tensor_parallel": 2}
+    vllm_engine.Engine(SimpleNamespace(**own), policy, 8)
+    assert asked["disable_custom_all_reduce"] and asked["tensor_parallel_size"] == 2
 
 
 @pytest.mark.skipif(is_there, reason="vLLM is installed")
