@@ -169,6 +169,16 @@ def test_the_numbers_of_a_rollout_by_hand():
     assert table.rollout_metrics(without).keys() == {n for n in names if "lambda" not in n}
 
 
+def test_surprise_stands_at_its_tokens_and_nowhere_else():
+    rows = {
+        "token_BL": torch.zeros(2, 5, dtype=torch.long),
+        "prompt_length_B": torch.tensor([1, 3]), "length_B": torch.tensor([3, 2]),
+        "sampled_logp_BT": torch.tensor([[-1.0, -2, -9], [-0.5, -0.25, 0]]),
+    }  # fmt: skip
+    expected = [[0.0, 1, 2, 8, 0], [0, 0, 0, 0.5, 0.25]]  # 8 nats at most
+    assert table.surprise_of(rows).tolist() == expected
+
+
 def test_texts_are_the_responses_alone(tokenizer):
     ids = tokenizer("a3:b2c1")["input_ids"] + [tokenizer.eos_token_id]
     ids += tokenizer("zzz")["input_ids"]  # beyond its end
