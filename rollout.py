@@ -129,8 +129,8 @@ def sample(
         else:
             columns = sample_with_generate(policy, *how, sample_rows, bar)
     bar.close()
-    columns = (c if c is None else c.cpu() for c in distributed.gather_columns(columns))
-    token_BT, logp_BT, length_B, stop_B = columns
+    columns = [column if column is None else column.cpu() for column in columns]
+    token_BT, logp_BT, length_B, stop_B = distributed.gather_columns(columns)
     longest, prompt_lengths = int(length_B.max()), torch.tensor(list(map(len, prompts)))
     off_BT = torch.arange(longest) >= length_B[:, None]
     token_BT = token_BT[:, :longest].masked_fill(off_BT, 0)

@@ -101,7 +101,9 @@ def resume(run_dir, learners, generators):
         said = f"the checkpoint {directory} does not fit ({distributed.first_line(wrong)})"
         raise BadInput(f"{said}: is --model still the model that the run began with?") from None
     for name, generator in generators.items():
-        generator.set_state(rest["generators"][name])
+        state, own = rest["generators"][name], generator.get_state()
+        require(state.shape == own.shape, "the run began on another kind of device: see --device")
+        generator.set_state(state)
     return rest["progress"]
 
 

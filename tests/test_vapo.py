@@ -631,6 +631,23 @@ def test_resuming_with_other_settings_or_a_damaged_checkpoint_is_refused(run, tm
     assert stop.value.code == 2 and "all checkpoints" in capsys.readouterr().err
 
 
+def test_a_run_that_began_on_another_kind_of_device_is_refused(run, tmp_path, capsys):
+    """A generator's state on CUDA is of 16 bytes, on a CPU of 5,056."""
+    shutil.copytree(run / "checkpoint", tmp_path / "checkpoint")
+    directory = checkpoint.newest(tmp_path)
+    rest = checkpoint.read(directory / "rest.pt")
+    rest["generators"]["sample"] = torch.zeros(16, dtype=torch.uint8)
+    torch.save(rest, directory / "rest.pt")
+    sums = json.loads((directory / "checksums.json").read_text())
+    sums["rest.pt"] = checkpoint.checksum(directory / "rest.pt")
+    (directory / "checksums.json").write_text(json.dumps(sums))
+    with pytest.raises(SystemExit) as error:
+        config = (run / "config.json").read_text()
+        (tmp_path / "config.json").write_text(config)
+        train_vapo.main([f"--resume={tmp_path}", "--steps=5"])
+    assert error.value.code == 2 and "another kind of device" in capsys.readouterr().err
+
+
 def test_a_run_directory_is_not_overwritten(world, run, capsys):
     with pytest.raises(SystemExit) as stop:
         vapo_run(world, run)
