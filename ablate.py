@@ -216,15 +216,13 @@ def main(argv=None):
     report()  # also shows at once whether matplotlib is there
     workers, failed = settings.jobs or jobs.cores(), []
     print(time_left(waiting, runs, out, workers) if waiting else "nothing is missing", flush=True)
-    if waiting:
-        with jobs.locked(runs):
-            for start in dict.fromkeys(start_of(row, out) for row, _ in waiting):
-                prepare(start, settings.quick)
-            work = {pair: partial(run, *pair, runs, out, settings.quick) for pair in waiting}
-            for (row, seed), accuracy, error in jobs.side_by_side(work, workers):
-                failed += [f"{row}, seed {seed}: {error}"] if error else []
-                tqdm.write(failed[-1] if error else f"{row}, seed {seed}: {accuracy:.3f}")
-                report()
+    for start in dict.fromkeys(start_of(row, out) for row, _ in waiting):
+        prepare(start, settings.quick)
+    work = {pair: partial(run, *pair, runs, out, settings.quick) for pair in waiting}
+    for (row, seed), accuracy, error in jobs.side_by_side(work, workers) if waiting else ():
+        failed += [f"{row}, seed {seed}: {error}"] if error else []
+        tqdm.write(failed[-1] if error else f"{row}, seed {seed}: {accuracy:.3f}")
+        report()
     print(f"\nthe table and the figures are in {out}/README.md")
     require(not failed, f"{len(failed)} runs failed: {'; '.join(failed)}")
 

@@ -10,8 +10,7 @@ gradients and optimiser states on each rank. In one process nothing here does an
 
 import os
 import sys
-import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import wraps
 
@@ -88,21 +87,6 @@ def on_rank_0(function):
 def first_line(error):
     """Of its message; its kind where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def name_missing_ranks(error):
-    """After an error: says it, and rank 0 names the ranks that say none within 15 seconds."""
-    if world() > 1:
-        print(f"error on rank {rank()}: {first_line(error)}", file=sys.stderr, flush=True)
-        where = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        ended = f"ended/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/"  # torchrun --max-restarts
-        with suppress(RuntimeError):  # of the store: it must not hide the error
-            store = dist.TCPStore(*where, timeout=timedelta(seconds=15))  # torchrun's
-            store.set(f"{ended}{rank()}", "")
-            time.sleep(15)  # as soon as one has ended, torchrun ends the others
-            silent = ", ".join(str(i) for i in range(world()) if not store.check([f"{ended}{i}"]))
-            if silent and not rank():
-                print(f"error on rank 0: dead, hanging or ended: rank {silent}", file=sys.stderr)
 
 
 def all_ranks(value):

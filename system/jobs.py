@@ -5,10 +5,8 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout  # torch needs it too
 from tqdm import tqdm
 
 from system.run import BadInput, write_lines
@@ -47,17 +45,6 @@ def side_by_side(jobs, workers):
             yield names[done], None if error else done.result(), error
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C waits for the runs, which it reaches too
-
-
-@contextmanager
-def locked(directory):
-    """While it lasts, no other process has the directory. Raises: BadInput if one has it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(directory / "lock", timeout=0):
-            yield
-    except Timeout:
-        raise BadInput(f"another ablate.py is at work in {directory}: let it finish") from None
 
 
 def lines_of(path, **how):

@@ -46,7 +46,7 @@ USERS_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS
 def exit_on_bad_input(main):
     """Decorates a script's main: one line on standard error says why it ends.
     BadInput, and a disk that is full or closed: exit code 2. A signal: 128 + its number. Any other
-    error keeps its traceback; under torchrun, rank 0 adds which ranks do not answer any more."""
+    error keeps its traceback."""
 
     @functools.wraps(main)
     def wrapped(argv=None):
@@ -67,9 +67,8 @@ def exit_on_bad_input(main):
         except Stopped as stopped:
             by = STOP[0] if STOP else signal.SIGTERM  # another rank may have been asked
             said, code = f"stopped by {by.name}: {stopped}", 128 + by
-        except Exception as error:
-            if not isinstance(error, OSError) or error.errno not in USERS_DISK:
-                distributed.name_missing_ranks(error)
+        except OSError as error:
+            if error.errno not in USERS_DISK:
                 raise
             said, code = f"error: {error.filename or 'writing'}: {error.strerror}", 2
             said += ": mend that, or give another --out"

@@ -213,16 +213,6 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, calls, capsys):
     assert "| PPO | 0.250 | 0.500 |  |  |" in text  # one row, one seed, nothing to compare with
 
 
-def test_two_at_once_do_not_take_the_same_run(tmp_path, calls, capsys):
-    flags = [*flags_of(tmp_path, "vapo"), "--seeds", "0"]
-    with jobs.locked(tmp_path / "runs"), pytest.raises(SystemExit) as error:
-        ablate.main(flags)
-    said = capsys.readouterr().err
-    assert error.value.code == 2 and "another ablate.py is at work" in said and not calls
-    ablate.main(flags)
-    assert calls == [("vapo", 0, False)]
-
-
 def test_the_cube_has_two_seeds_unless_asked(tmp_path, calls, monkeypatch):
     monkeypatch.setitem(ablate.GROUPS, "cube", ["cube_1111111"])
     ablate.main(flags_of(tmp_path, "cube"))

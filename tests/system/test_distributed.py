@@ -3,14 +3,12 @@
 import itertools
 import json
 import os
-import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -221,33 +219,6 @@ def test_what_is_wrong_on_another_rank_only_is_said_with_its_number(monkeypatch,
     assert slept == [5]
 
 
-def two_ranks(monkeypatch):
-    """This process is rank 0 of two that nobody started."""
-    monkeypatch.setattr(distributed, "STATE", {"world": 2, "rank": 0})
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-
-
-def test_a_store_that_is_gone_does_not_hide_the_error(monkeypatch, capsys):
-    two_ranks(monkeypatch)
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    monkeypatch.setattr(distributed, "timedelta", lambda seconds: timedelta(seconds=1))
-    distributed.name_missing_ranks(RuntimeError("the cause"))
-    assert capsys.readouterr().err.startswith("error on rank 0: the cause\n")
-
-
-def test_ranks_that_ended_before_a_restart_do_not_count(monkeypatch, capsys):
-    two_ranks(monkeypatch)
-    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    monkeypatch.setenv("MASTER_PORT", str(store.port))
-    for count, rank in ((0, 1), (0, 0), (1, 0)):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
-        monkeypatch.setitem(distributed.STATE, "rank", rank)
-        distributed.name_missing_ranks(RuntimeError("the cause"))
-        silent = "dead, hanging or ended: rank 1" in capsys.readouterr().err
-        assert silent == (count == 1)
-
-
 def test_value_pretraining_with_fewer_answers_than_processes_is_one_line(monkeypatch):
     monkeypatch.setattr(distributed, "STATE", {"world": 9, "rank": 0})
     settings = {"train": "t", "device": "cpu", "answers": 144, "samples": 16}
@@ -304,49 +275,6 @@ def test_torchrun_that_is_told_to_stop_saves_the_run(world, tmp_path):
         process.kill()
     assert "stopped by SIGTERM: rollout " in error
     assert checkpoint.saved(out)[0].name == f"step-{metrics_of(out)[-1]['step']:06d}"
-
-
-@LINUX
-@pytest.mark.parametrize(
-    "how, minutes, count, in_haste",
-    [
-        (signal.SIGKILL, 0.2, 2, True),
-        pytest.param(signal.SIGKILL, 0.2, 3, False, marks=pytest.mark.slow),
-        pytest.param(signal.SIGSTOP, 0.6, 3, False, marks=pytest.mark.slow),
-    ],
-)
-def test_a_rank_that_dies_or_hangs_is_named_and_the_others_end(
-    world, tmp_path, how, minutes, count, in_haste
-):
-    out, port, processes = tmp_path / "run", free_port(), []
-    script, *flags = vapo_flags(world, out, *FOREVER)
-    script = ["-c", IN_HASTE] if in_haste else [script]
-    words = [sys.executable, *script, *map(str, flags)]
-    # torchrun's, which outlives them all
-    store = torch.distributed.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
-    for rank in range(count):  # as torchrun would, which kills the others itself when one dies
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
-               "MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test",
-               "TORCHELASTIC_USE_AGENT_STORE": True, "VAPO_RANK_MINUTES": minutes}  # fmt: skip
-        environment = ONE_THREAD | {name: str(value) for name, value in own.items()}
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(words, cwd=ROOT, env=environment, **pipes))
-    try:
-        wait_for_metrics(out, 3)
-        processes[1].send_signal(how)
-        for rank in range(count):
-            if rank == 1:
-                continue
-            _, error = processes[rank].communicate(timeout=120)
-            assert processes[rank].returncode != 0
-            assert f"error on rank {rank}: " in error, error[-2000:]
-            if rank == 0:
-                (said,) = re.findall("error on rank 0: (dead, hanging or ended: .*)", error)
-                assert re.search(r"(?<!\[)\branks? 1\b(?!,)", said, re.IGNORECASE), said
-    finally:
-        for process in processes:
-            process.kill()
-        del store
 
 
 def test_shares_and_deals_cover_everything_once(monkeypatch):
