@@ -258,7 +258,7 @@ def pretrain(settings, policy=None):
     gc.collect()  # where it is sharded, its own hooks hold it
     fit_rows, held_out_rows = split_by_problem(rows, settings.held_out, settings.seed)
     start, mean_reward = settings.init or settings.model, fit_rows["reward_B"].mean().item()
-    how = (mean_reward, settings.dtype, settings.critic_surprise)
+    how = (settings.dtype, settings.critic_surprise, mean_reward)
     critic = loading.load_critic(start, device, *how)
     critic = loading.shard(critic, device, settings)
     flags.save_config(out, settings, device)

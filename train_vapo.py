@@ -121,8 +121,7 @@ class Settings(flags.TrainingSettings):
         prompts, samples = self.rollout_shape()
         updates, processes = -(-prompts * samples // self.mini_batch), self.processes()
         if updates == 1:
-            said = "with one update the ratio is always 1, and clipping does nothing"
-            print(f"warning: --mini_batch takes the whole rollout: {said}")
+            print("warning: --mini_batch is the whole rollout: the ratio is 1, nothing is clipped")
         smallest = prompts * samples // updates
         for rows, what in ((prompts, "--prompts"), (smallest, "answers in a mini-batch")):
             said = f"{rows} {what} for {processes} processes: each needs one at least"
@@ -205,8 +204,7 @@ def policy_gradients(policy, batch, settings):
         nll = (losses.nll_loss(logp_BT) * micro["nll_weight_BT"]).sum()
         (ppo + mu * nll).backward()
         found = {"policy_loss": ppo, "nll_loss": nll}
-        mask_BT = table.response_mask(micro)
-        found |= losses.ratio_metrics(logp_BT, old_logp_BT, adv_BT, mask_BT, *eps)
+        found |= losses.ratio_metrics(logp_BT, old_logp_BT, adv_BT, table.response_mask(micro), *eps)
         metrics.add(sums, found, micro)
     return sums
 
@@ -326,10 +324,9 @@ def main(argv=None):
         flags.save_config(run_dir, settings, device)  # of a resumed run too: some may change
         if not settings.critic_free and not settings.perfect_critic:
             start = starting_critic(settings, run_dir, policy)  # piece 1
-            critic = loading.load_critic(start, device, 0.0, settings.dtype, settings.critic_surprise)
+            critic = loading.load_critic(start, device, settings.dtype, settings.critic_surprise)
             critic = loading.shard(critic, device, settings)
-        data = (tokenizer, problems, test_problems)
-        before, after = train(settings, run_dir, policy, critic, *data)
+        before, after = train(settings, run_dir, policy, critic, tokenizer, problems, test_problems)
     checkpoint.export(policy, tokenizer, run_dir / "policy")
     if critic:
         checkpoint.export(critic, tokenizer, run_dir / "critic")

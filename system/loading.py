@@ -62,7 +62,7 @@ def load_policy(path, device, dtype="auto", length=0):
     return policy
 
 
-def load_critic(path, device, mean_reward=0.0, dtype="auto", surprise=False):
+def load_critic(path, device, dtype="auto", surprise=False, mean_reward=0.0):
     """A critic, from the model that `path` holds by its config.json. Raises: BadInput.
     From a policy: its trunk with a zero head and bias = the mean reward, V at first.
     From a reward model (`AutoModelForSequenceClassification`, one label): trunk and head, bias 0.

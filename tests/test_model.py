@@ -115,7 +115,7 @@ def test_a_critic_of_every_architecture_saves_and_loads(loaded, directory, tmp_p
 
 def test_a_critic_reads_how_unlikely_the_tokens_were(loaded, directory, tmp_path):
     rows = answers(*loaded)
-    plain, critic = (loading.load_critic(str(directory), CPU, 0.25, surprise=s) for s in (0, 1))
+    plain, critic = (loading.load_critic(str(directory), CPU, surprise=s) for s in (0, 1))
     with torch.no_grad():
         for network in (plain, critic):
             torch.manual_seed(0)

@@ -30,12 +30,6 @@ FLAGS = ["--device=cpu", "--prompts=6", "--samples=4", "--mini_batch=8", "--micr
          "--eval_samples=2", "--save_every=1", "--eval_every=1", "--pretrain_answers=64",
          "--pretrain_passes=1"]  # fmt: skip
 FOREVER = ["--steps=100000", "--save_every=0", "--eval_every=0"]
-IN_HASTE = """
-import runpy, time
-sleep = time.sleep
-time.sleep = lambda seconds: sleep(min(seconds, 3))  # not 15 for the others' last words
-runpy.run_path("train_vapo.py", run_name="__main__")
-"""
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "VAPO_RANK_MINUTES": "1"}
 LINUX = pytest.mark.skipif(not Path("/proc").exists(), reason="looks for the processes in /proc")
 
