@@ -1,10 +1,8 @@
 """The evidence: all combinations of VAPO's pieces, its rivals, a perfect critic, three lengths.
 
-    python ablate.py --rows cube       # all 128 combinations of the seven pieces, two seeds
-    python ablate.py --rows main       # VAPO, its rivals, other critics, three seeds
-    python ablate.py --rows 30 300     # the same with answers of 30 and of 300 tokens
-    python ablate.py --rows long       # three times as many rollouts
-    python ablate.py --quick           # everything once in small: a smoke test
+    python ablate.py --rows cube          # all 128 combinations of the seven pieces, two seeds
+    python ablate.py --rows main 30 300   # VAPO, its rivals, other critics: 30, 100, 300 tokens
+    python ablate.py --rows long --quick  # three times as many rollouts; in small: a smoke test
 
 1. One embedded world for each length, one reward model in it, and one critic pretrained from that,
    as in the paper, in OUT/start. With value pretraining a run starts from the critic, without from
@@ -21,7 +19,6 @@ from functools import partial, reduce
 from itertools import product
 from operator import xor
 from pathlib import Path
-from statistics import fmean
 
 from tqdm import tqdm
 
@@ -168,21 +165,6 @@ def prepare(start, quick):
             jobs.call("train_value.py", [f"@{world}/train_value.args", *to_flags(own)], log)
 
 
-def time_left(waiting, runs, out, workers):
-    """In words: what is missing, and its hours by the runs made in `runs`, or else those kept."""
-    spent, kind = {}, lambda row: row.partition("_")[0] if row[0] in "3l" else "100"
-    kept = {path.stem: path for path in sorted((out / "raw").glob("*.jsonl"))}
-    here = {name: path for name, path in kept.items() if (runs / name).is_dir()}
-    for name, path in (here or kept).items():
-        told = (line.items() for line in jobs.lines_of(path) if line.get("step"))
-        seconds = sum(y for items in told for key, y in items if "seconds_" in key)
-        spent.setdefault(kind(name), []).append(seconds)
-    unknown = sum(kind(row) not in spent for row, _ in waiting)
-    hours = sum(fmean(spent[kind(row)]) for row, _ in waiting if kind(row) in spent) / 3600
-    more = f", and {unknown} of which none has ended yet" if unknown else ""
-    return f"{len(waiting)} runs are missing: {hours / workers:.1f} h, {workers} side by side{more}"
-
-
 def run(row, seed, runs, out, quick):
     """One run from where it stands to its end. Returns: its last held-out accuracy."""
     run_dir = runs / f"{row}-{seed}"
@@ -215,7 +197,7 @@ def main(argv=None):
     waiting = [p for p in pairs if not is_there(raw[p], raw[p], *p, settings.quick)]
     report()  # also shows at once whether matplotlib is there
     workers, failed = settings.jobs or jobs.cores(), []
-    print(time_left(waiting, runs, out, workers) if waiting else "nothing is missing", flush=True)
+    print(jobs.time_left(waiting, runs, out / "raw", workers), flush=True)
     for start in dict.fromkeys(start_of(row, out) for row, _ in waiting):
         prepare(start, settings.quick)
     work = {pair: partial(run, *pair, runs, out, settings.quick) for pair in waiting}

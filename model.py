@@ -15,9 +15,9 @@ import logprobs
 from problems import prompted_problems, repeated
 from system import loading
 from system.distributed import add_up, deal, gathers
-from system.loading import autocast, value_head
+from system.loading import autocast, surprise_of, value_head
 from system.run import kernel, pick_device
-from table import micro_batches, response_mask, response_tokens, surprise_of, take
+from table import micro_batches, response_mask, response_tokens, take
 
 
 def set_up(settings, files, critics=(), policy=None):

@@ -52,16 +52,6 @@ def response_tokens(rows):
     return rows["token_BL"].gather(1, position_BT.clamp(max=last))
 
 
-def surprise_of(rows, limit=8.0):
-    """surprise_BL: −log π of the response tokens as the sampler has it, at most `limit` nats; 0
-    for the prompt and the padding. What comes before a token never depends on it."""
-    logp_BT, length_B1 = rows["sampled_logp_BT"], rows["length_B"][:, None]
-    t_BL = torch.arange(rows["token_BL"].shape[1], device=logp_BT.device)
-    t_BL = t_BL - rows["prompt_length_B"][:, None]
-    surprise_BL = -logp_BT.gather(1, t_BL.clamp(0, logp_BT.shape[1] - 1))
-    return torch.where((t_BL >= 0) & (t_BL < length_B1), surprise_BL.clamp(max=limit), 0.0)
-
-
 def take(rows, index_N, device=None):
     """The given rows, on the device, with the columns of tokens cut to the longest of them."""
     part = {name: column[index_N] for name, column in rows.items()}

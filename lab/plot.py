@@ -1,4 +1,4 @@
-"""Runs as pictures and as text, from their metrics.jsonl.
+"""Runs as pictures, from their metrics.jsonl.
 
     python -m lab.plot runs/NAME                                  # writes runs/NAME/curves.png
     python -m lab.plot runs/A runs/B --out both.png
@@ -36,30 +36,6 @@ class Settings(settings.Settings):
 def curve(lines, name, x="step"):
     """[(step, number)] of a metric, where it was logged."""
     return [(line[x], line[name]) for line in lines if line.get(name) is not None]
-
-
-def summarise(lines, label):
-    """A run as text: metrics first, lowest, highest, last; where the time went; what went wrong."""
-    if not lines:
-        return f"{label}: nothing logged yet"
-    row, last = "{:27s}{:>10s}{:>20s}{:>20s}{:>10s}".format, lines[-1]
-    done = f"{last['step']} rollouts, {last.get('gradient_steps', 0):.0f} optimiser steps"
-    text = [f"{label}: {done}, {last.get('answers', 0):.0f} answers"]
-    text.append(row("", "first", "lowest (rollout)", "highest (rollout)", "last"))
-    for name in dict.fromkeys(name for line in lines for name in line if name != "step"):
-        if points := [(number, step) for step, number in curve(lines, name)]:
-            ends = (f"{number:.4g} ({step})" for number, step in (min(points), max(points)))
-            text.append(row(name, f"{points[0][0]:.4g}", *ends, f"{points[-1][0]:.4g}"))
-    phases = ("sample", "score", "update", "eval")
-    spent = [sum(y for _, y in curve(lines, f"seconds_{phase}")) for phase in phases]
-    whole = sum(spent) or 1
-    shares = (f"{phase} {taken / whole:.0%}" for phase, taken in zip(phases, spent))
-    text.append(f"{whole / 60:.1f} minutes: {', '.join(shares)}")
-    if bad := sum(count for _, count in curve(lines, "bad_steps")):
-        text.append(f"warning: {bad:.0f} optimiser steps were not finite: see bad_batches/")
-    if any(later["step"] - line["step"] != 1 for line, later in zip(lines, lines[1:])):
-        text.append("warning: steps are missing or repeated in metrics.jsonl")
-    return "\n".join(text)
 
 
 def need(*packages):
@@ -104,7 +80,6 @@ def main(argv=None):
             logged = lines_of(Path(directory) / "metrics.jsonl")
         except (OSError, ValueError) as error:
             raise run.BadInput(f"cannot read the metrics of {directory}: {error}") from None
-        print(summarise(logged, Path(directory).name) + "\n")
         for title, name, style in ((t, *pair) for t, m in PANELS.items() for pair in m.items()):
             shown = Path(directory).name if "-" in style else None
             curves[title].append((curve(logged, name), f"C{i}{style}", shown))

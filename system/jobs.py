@@ -6,6 +6,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from statistics import fmean
 
 from tqdm import tqdm
 
@@ -45,6 +46,25 @@ def side_by_side(jobs, workers):
             yield names[done], None if error else done.result(), error
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C waits for the runs, which it reaches too
+
+
+def time_left(waiting, runs, raw, workers):
+    """In words: what is missing, (row, seed) each, and its hours, by the runs made in `runs` or, if
+    there are none, those that other machines left in `raw`. What comes before a row's first _ says
+    how long it is."""
+    spent, kept = {}, {path.stem: path for path in sorted(raw.glob("*.jsonl"))}
+    for name in [name for name in kept if (runs / name).is_dir()] or kept:
+        told = (line.items() for line in lines_of(kept[name])[1:])
+        seconds = sum(y for items in told for key, y in items if "seconds_" in key)
+        spent.setdefault(kind(name), []).append(seconds)
+    known = [fmean(spent[kind(row)]) for row, _ in waiting if kind(row) in spent]
+    more = f", and {len(waiting) - len(known)} of a kind that has not been run yet"
+    hours = f"{sum(known) / workers / 3600:.1f} h, {workers} side by side"
+    return f"{len(waiting)} runs are missing: {hours}{more * (len(known) < len(waiting))}"
+
+
+def kind(row):
+    return row.partition("_")[0] if row.startswith(("30_", "300_", "long_")) else ""
 
 
 def lines_of(path, **how):

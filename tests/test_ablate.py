@@ -114,12 +114,14 @@ def test_what_is_missing_is_said_with_its_hours(tmp_path, calls, capsys):
     finished(tmp_path / "runs" / "vapo-0", "vapo", 0, curve(0.1, 0.2, 0.3, 0.4))
     jobs.keep(tmp_path / "runs" / "vapo-0", tmp_path / "out" / "raw" / "vapo-0.jsonl")
     waiting = [("ppo", 0), ("cube_1111111", 1), ("300_vapo", 0)]
-    said = ablate.time_left(waiting, tmp_path / "runs", tmp_path / "out", 2)
-    assert said == ("3 runs are missing: 0.2 h, 2 side by side, and 1 of which none has ended yet")
+    said = jobs.time_left(waiting, tmp_path / "runs", tmp_path / "out" / "raw", 2)
+    assert said == (
+        "3 runs are missing: 0.2 h, 2 side by side, and 1 of a kind that has not been run yet"
+    )
     flags = [*flags_of(tmp_path, "vapo"), "--seeds", "0"]
     ablate.main(flags)
     ablate.main(flags)
-    assert "nothing is missing" in capsys.readouterr().out
+    assert "\n0 runs are missing" in capsys.readouterr().out
 
 
 def test_a_row_in_several_seeds_says_so_in_its_flags(runs):

@@ -13,6 +13,7 @@ import table
 import train_vapo
 from lab.dryrun import Live
 from lab.plan import table_bytes
+from system import loading
 
 LINE = re.compile(r"^(\w+_B\w*) +(.+?) {2,}([\w.]+) +(rollout|mini-batch)$", re.MULTILINE)
 
@@ -176,7 +177,7 @@ def test_surprise_stands_at_its_tokens_and_nowhere_else():
         "sampled_logp_BT": torch.tensor([[-1.0, -2, -9], [-0.5, -0.25, 0]]),
     }  # fmt: skip
     expected = [[0.0, 1, 2, 8, 0], [0, 0, 0, 0.5, 0.25]]  # 8 nats at most
-    assert table.surprise_of(rows).tolist() == expected
+    assert loading.surprise_of(rows).tolist() == expected
 
 
 def test_texts_are_the_responses_alone(tokenizer):

@@ -51,30 +51,24 @@ RIGHT += [("Answer: " + stated, reference) for stated, reference in [
 # What is none.
 RIGHT += [(f"\\boxed{{{stated}}}", reference) for stated, reference in [
     ("\\left( 1, 2 \\right)", "(1,2)"),
-    ("x^{2}+1", "x^{2} + 1"),                 ("3, 2, 1", "1,2,3"),     ("x \\le 3", "x \\leq 3"),
+    ("x^{2}+1", "x^{2} + 1"),
     ("(-\\infty,2)\\cup(3,\\infty)", "(-\\infty, 2) \\cup (3, \\infty)"),
-        ("e^{2 x}", "e^{2x}"), ("\\log_{2}3", "\\log_2 3"), ("101_{2}", "101_2"),
-    ("\\text{Evelyn}", "evelyn"), ("\\text{(C)}", "C"), ("(C) 34 apples", "C"),
-    ("2x + 3", "y = 2x + 3"), ("2\\pi", "2 pi"),
-    ("5\\sqrt{2}\\text{ units}", "5\\sqrt{2}"),
-    ("25\\pi \\text{ square inches}", "25\\pi"), ("june 20", "\\text{June 20}"),
+    ("e^{2 x}", "e^{2x}"),
+    ("\\text{Evelyn}", "evelyn"), ("\\text{(C)}", "C"),
+    ("june 20", "\\text{June 20}"),
 ]]  # fmt: skip
 # What is set equal, rounded, said in a sentence, measured.
 RIGHT += [(f"\\boxed{{{stated}}}", reference) for stated, reference in [
-    ("m+n=57", "57"), ("9 \\times 2 = 18", "18"), ("f(2)=18", "18"),
+    ("9 \\times 2 = 18", "18"), ("f(2)=18", "18"),
     ("\\angle A = 18^\\circ", "18"), ("\\theta = 18", "18"), ("x = \\frac{36}{2} = 18", "18"),
-    ("P(X=2)=\\frac12", "1/2"), ("S_{10}=18", "18"), ("AB=5\\sqrt2", "5\\sqrt{2}"),
-    ("\\text{Area}=25\\pi", "25\\pi"), ("\\frac23 \\approx 0.67", "2/3"),
-    ("\\sqrt{51} \\approx 7.14", "\\sqrt{51}"), ("\\frac34 \\text{ or } 0.75", "0.75"),
-    ("\\frac{540}{7}^\\circ", "540/7"), ("5 m", "5"), ("18\\text{ m}/\\text{s}", "18"),
+    ("\\frac{540}{7}^\\circ", "540/7"), ("5 m", "5"),
     ("\\text{Answer: } 18", "18"), ("{18}", "18"), ("\\left(\\frac34\\right)", "0.75"),
-                    ("x=1, y=2", "x = 1, y = 2"), ("No", "no"),
-    ("\\text{Option C}", "C"),
+    ("x=1, y=2", "x = 1, y = 2"), ("No", "no"),
 ]]  # fmt: skip
 RIGHT += [("Answer: " + stated, reference) for stated, reference in [
     ("Janet makes $18 every day at the farmers' market.", "18"),
     ("It took him 160 minutes to download the file.", "160"), ("540, because it is", "540"),
-    ("18cm", "18"), ("60 mph", "60"), ("\u201318", "-18"), ("C because it is", "C"),
+    ("18cm", "18"), ("60 mph", "60"), ("\u201318", "-18"),
 ]]  # fmt: skip
 RIGHT += [
     ("<answer>Answer: 18</answer>", "18"),
