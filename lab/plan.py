@@ -48,11 +48,6 @@ class Settings(train_vapo.Settings):
         return self.gpus
 
 
-def state_bytes(parameters, gpus):
-    """(4n/N, 4n/N, 8n/N): weights, gradients, AdamW's moments of n parameters on N GPUs."""
-    return 4 * parameters / gpus, 4 * parameters / gpus, 8 * parameters / gpus
-
-
 def table_columns(prompt, response, several_waves):
     """Columns K of `slots.Slots`, the fewest (P − 1 + FIRST_COLUMNS) · 2^k ≥ P + T − 1; after the
     first wave answers begin anywhere, and the table doubles until ¾ K ≥ P + T − 1."""
@@ -126,9 +121,10 @@ def shapes(asked):
 
 
 def memory(asked):
-    """{part: (bytes while sampling, while scoring, in the update)} of one GPU at its fullest."""
+    """{part: (bytes while sampling, while scoring, in the update)} of one GPU at its fullest.
+    Of n parameters on N GPUs: weights and gradients 4 n / N each, AdamW's moments 8 n / N."""
     s, several, vllm = shapes(asked), asked.gpus > 1, asked.engine == "vllm"
-    weights, gradients, moments = state_bytes(s.policy + s.critic, asked.gpus)
+    weights = 4 * (s.policy + s.critic) / asked.gpus
     columns = table_columns(asked.prompt_length, asked.response_length, s.answers > s.slots)
     waiting = s.read * asked.prompt_length * (1 if s.read == s.prompts else 2)  # and the next ones
     _, reading = activations(s.sampling, s.read, asked.prompt_length, backward=False)
@@ -146,8 +142,8 @@ def memory(asked):
     gathered, more = (several * s.size * (n * s.layer + s.embeddings) for n in (2, 1))
     return {
         "weights": (weights, weights, weights),
-        "AdamW's moments": (moments, moments, moments),
-        "gradients": (0, 0, gradients),
+        "AdamW's moments": (2 * weights, 2 * weights, 2 * weights),
+        "gradients": (0, 0, weights),
         "copy that samples": (s.copied, s.copied, s.copied),
         "gathered weights": (0, gathered, gathered + more),
         "keys and values": tables,
@@ -163,8 +159,8 @@ def report(asked):
     row = ("{:34s}" + 3 * "{:>15s}").format
     on = f" on {asked.tensor_parallel} GPUs" * (asked.tensor_parallel > 1)
     print(f"on paper: {asked.model}, {asked.gpus} x {asked.gpu_memory:g} GB")
-    print(f"policy {s.policy:,} parameters, critic {s.critic:,}", end="")
-    print(f"; answers of {asked.response_length:,} tokens")
+    longest = f"answers of {asked.response_length:,} tokens"
+    print(f"policy {s.policy:,} parameters, critic {s.critic:,}; {longest}")
     print(f"one GPU: {s.prompts} prompts, {s.answers} answers, {s.slots} side by side{on}", end="")
     print(f"; {s.updates} updates of {s.updated} answers, {rows} x {length:,} tokens at once\n")
     print(row("GB of one GPU", "sampling", "scoring", "update"))
