@@ -2,7 +2,7 @@
 
 plot.py      the curves of runs, and a run as text: python -m lab.plot runs/NAME
 report.py    the ablations' table and figures: python -m lab.report
-plan.py      memory and time of a run, on paper: python -m lab.plan --model NAME --gpus 64
+plan.py      memory of a run, on paper: python -m lab.plan --model NAME --gpus 64
 dryrun.py    a model's own code on tensors without memory, for plan.py
 first_day.py all that can be tried on a GPU, unattended: python -m lab.first_day
 bench.py     how fast each part is, against what one would use instead

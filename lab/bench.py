@@ -62,9 +62,9 @@ def side_by_side(title, against, ours, theirs, repeats, device):
     return line
 
 
-def bench_gae(asked, device, generator):
+def bench_gae(asked, generator):
     """512 answers of 4,096 tokens, a λ for each, against the recursion token by token."""
-    value_BT, lam_B = torch.rand(512, 4096, device=device), torch.rand(512, device=device)
+    value_BT, lam_B = (torch.rand(size, device=generator.device) for size in ((512, 4096), 512))
     reward_BT, mask_BT = torch.zeros_like(value_BT), torch.ones_like(value_BT)
 
     def loop():  # as it stands in most trainers
@@ -87,7 +87,7 @@ def sample(sampler, tokenizer, problems, asked, generator):
     return rows | {"reward_B": rows["correct_B"].float()}
 
 
-def bench_sampling(engine, asked, device, generator):
+def bench_sampling(engine, asked, generator):
     """Tokens a second of a rollout, to the last of all answers, with their log-probs."""
     policy, tokenizer, (problems,) = model.set_up(asked, [asked.train])
     how, other = (tokenizer, problems[: asked.prompts]), replace(asked, engine=engine)
@@ -96,13 +96,17 @@ def bench_sampling(engine, asked, device, generator):
     return "sampling", f"--engine {engine}", ours, theirs
 
 
-def scored(policy, rows, asked):
-    """(policy, a critic, rows, asked), the rows scored as by train_vapo.train."""
+def scored(asked, generator):
+    """(what samples, policy, a critic, a mini-batch scored as by train_vapo.train, asked)."""
+    policy, tokenizer, (problems,) = model.set_up(asked, [asked.train])
+    sampler = loading.sampling_copy(policy)
+    rows = sample(sampler, tokenizer, problems[: asked.prompts], asked, generator)
+    rows = next(table.mini_batches(rows, asked.mini_batch, torch.Generator()))
     critic = loading.load_critic(asked.model, policy.device, dtype=asked.dtype)
     torch.nn.init.normal_(loading.value_head(critic).weight, std=0.1)  # at 0 no gradient passes
     train_vapo.score(policy, critic, rows, asked)
     train_vapo.advantages(rows, asked)
-    return policy, critic, rows, asked
+    return sampler, policy, critic, rows, asked
 
 
 def update(policy, critic, rows, asked, plain=False):
@@ -129,13 +133,10 @@ def update(policy, critic, rows, asked, plain=False):
     return rows
 
 
-def bench_update(asked, device, generator):
+def bench_update(asked, generator):
     """Response tokens a second of a mini-batch, forward and backward of policy and critic."""
-    policy, tokenizer, (problems,) = model.set_up(asked, [asked.train])
-    how = (tokenizer, problems[: asked.prompts], asked, generator)
-    rows = sample(loading.sampling_copy(policy), *how)
-    rows = next(table.mini_batches(rows, asked.mini_batch, torch.Generator()))
-    ours = partial(update, *scored(policy, rows, asked))
+    _, *inputs = scored(asked, generator)
+    ours = partial(update, *inputs)
     theirs = partial(ours, plain=True)
     held = f"{peak_gigabytes(ours):.2f} and {peak_gigabytes(theirs):.2f} GB"
     return f"update, {held}", "16 rows, whole logits", ours, theirs
@@ -168,7 +169,7 @@ def main(argv=None):
     print("bench: " + ", ".join(f"{name} {value}" for name, value in on.items()))
     for part in map(PARTS.get, asked.parts):
         generator = run.seeded_generator(0, "bench", device)
-        lines.append(side_by_side(*part(asked, device, generator), asked.repeats, device))
+        lines.append(side_by_side(*part(asked, generator), asked.repeats, device))
     if asked.json:
         run.write_json(asked.json, {"on": on, "lines": lines})
     return lines

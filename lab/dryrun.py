@@ -56,6 +56,8 @@ def imagined(path, weights, compute_dtype, checkpointing=False):
         network.set_attn_implementation("unmasked")
     for part in checkpoint_gradients(network, checkpointing).modules():
         part.training = getattr(part, "gradient_checkpointing", False)  # see model.response_hidden
+    for parameter in network.parameters():  # a gradient is dropped where the optimiser has its own
+        parameter.register_post_accumulate_grad_hook(lambda own: setattr(own, "grad", None))
     network.compute_dtype = compute_dtype
     return network
 
@@ -66,8 +68,6 @@ def activations(network, rows, length, backward=True):
     Parameters and their gradients do not count, but gradients on their way do: that of an output
     matrix which is the embeddings too waits for the embeddings' own, until the end."""
     live = Live([*network.parameters(), *network.buffers()])
-    dropped = [parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-               for parameter in network.parameters()]  # fmt: skip
     with FAKE, live, torch.set_grad_enabled(backward):
         with autocast(network):
             token_BL = torch.zeros(rows, length, dtype=torch.long)
@@ -75,8 +75,6 @@ def activations(network, rows, length, backward=True):
         kept = live.now
         if backward:
             (hidden_BLD.sum() + (network.get_output_embeddings().weight * 1).sum()).backward()
-    for hook in dropped:
-        hook.remove()
     return kept, live.peak
 
 

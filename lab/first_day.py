@@ -15,12 +15,10 @@ from pathlib import Path
 import torch
 import transformers
 
-import model
 import toy
 import train_vapo
 from ablate import to_flags
 from lab import bench, plan
-from lab.dryrun import Live
 from system import jobs, loading, run, settings
 from system.settings import flag
 
@@ -31,6 +29,8 @@ QWEN = {"vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864,
         "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}  # 0.5B
 TINY = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1}
+WORTH_A_LOOK = ("test_accuracy", "sampler_gap", "importance", "ratio_max",
+                "sample_tokens_per_second", "train_tokens_per_second")
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ def commands(asked, device, out, large):
     """{what is tried: (script, flags)}; large: the settings of the random model, as flags."""
     tests = ["tests/test_gae.py", "tests/test_losses.py"] if asked.quick else ["-k", device.type]
     found = {"tests on the device": ("pytest", ["-q", "--no-header", *tests])}
-    runs = {f"preset {name}": {"preset": name} for name in train_vapo.PRESETS}
+    runs = {f"preset {name}": SMALL | {"preset": name} for name in train_vapo.PRESETS}
     runs["preset dapo"]["dynamic_sampling"] = 100
-    runs |= {"compiled": {"compile": True}, "eager": {"compile": False}, "FSDP2": {}}
-    runs |= {"bfloat16": {"dtype": "bfloat16"}, "main command": {}}
+    runs |= {"compiled": SMALL | {"compile": True}, "eager": SMALL | {"compile": False}}
+    runs |= {"FSDP2": SMALL, "bfloat16": SMALL | {"dtype": "bfloat16"}}
+    runs["main command"] = SMALL if asked.quick else {}
     for name, own in runs.items():
-        own |= {} if name == "main command" and not asked.quick else SMALL
-        own |= {"device": device.type, "out": out / name.replace(" ", "_")}
-        found[name] = ("train_vapo.py", to_flags(own))
+        where = {"device": device.type, "out": out / name.replace(" ", "_")}
+        found[name] = ("train_vapo.py", to_flags(own | where))
     each = max(1 + (device.type == "cpu"), torch.cuda.device_count())
     together = ["--standalone", f"--nproc_per_node={each}", "train_vapo.py"]
     found["FSDP2"] = ("torch.distributed.run", together + found["FSDP2"][1])
@@ -79,62 +79,46 @@ def large_model(asked, device, out):
 def device_limits(device, quick):
     """Bytes and operations a second: a copy's, and those of a product of bfloat16 matrices."""
     size = 2**9 if quick else 2**13
-    number, matrix = torch.zeros(size**2, device=device), torch.zeros(size, size, device=device)
-    matrix = matrix.bfloat16()
-    copied = min(bench.seconds(number.clone, device)[0] for _ in range(5))
-    product = min(bench.seconds(partial(torch.mm, matrix, matrix), device)[0] for _ in range(5))
-    return {"bytes": 2 * number.nbytes / copied, "operations": 2 * size**3 / product}
+    full = torch.zeros(size, size, device=device)
+    half = full.bfloat16()
+    copied, product = (min(bench.seconds(function, device)[0] for _ in range(5))
+                       for function in (full.clone, partial(torch.mm, half, half)))  # fmt: skip
+    return {"bytes": 2 * full.nbytes / copied, "operations": 2 * size**3 / product}
 
 
 def of_the_limit(flags, path, limits):
     """What share of the device's limit decoding and updates reach, by the bench's JSON in `path`.
-    Bytes a token: weights / slots + keys and values of (P + T/2); operations: `plan.step`."""
+    Bytes a token: weights / slots + keys and values of (P + T/2). Operations a token: 6 for each
+    parameter of policy and critic, 8 with checkpointing; without attention's, without prompts'."""
     asked = settings.parse(plan.Settings, flags, "")
-    s, (work, _) = plan.shapes(asked), plan.step(asked)["updates"]
-    lines = json.loads(path.read_text())["lines"]
+    s, lines = plan.shapes(asked), json.loads(path.read_text())["lines"]
     speed = {line["part"].partition(",")[0]: line["ours"] for line in lines}
     kept = s.token * (asked.prompt_length + asked.response_length / 2)
-    moved = s.policy * s.size / s.slots + kept
-    tokens = s.updates * s.updated * asked.response_length
-    return {"decoding, share of the device's bytes/s": speed["sampling"] * moved / limits["bytes"],
-            "update, share of its operations/s":
-                speed["update"] * work / tokens / limits["operations"]}  # fmt: skip
+    moved = speed["sampling"] * (s.policy * s.size / s.slots + kept)
+    work = speed["update"] * (6 + 2 * asked.gradient_checkpointing) * (s.policy + s.critic)
+    return {"decoding, share of the device's bytes/s": moved / limits["bytes"],
+            "update, share of its operations/s": work / limits["operations"]}  # fmt: skip
 
 
 def memory(flags, device):
     """Gigabytes of the update that were planned for one GPU, and those that were alive."""
-    asked = settings.parse(plan.Settings, flags, "")
-    policy, tokenizer, (problems,) = model.set_up(asked, [asked.train])
-    generator, cuda = run.seeded_generator(0, "first day", device), device.type == "cuda"
-    how = (loading.sampling_copy(policy), tokenizer, problems[: asked.prompts], asked, generator)
-    inputs = bench.scored(policy, bench.sample(*how), asked)  # the copy stays, as in a run
-    torch.cuda.reset_peak_memory_stats() if cuda else None
-    with Live() as live:
-        bench.update(*inputs)
+    asked, cuda = settings.parse(plan.Settings, flags, ""), device.type == "cuda"
+    generator = run.seeded_generator(0, "first day", device)
+    _sampler, *inputs = bench.scored(asked, generator)  # the copy stays, as in a run
     weights = sum(p.nbytes for network in inputs[:2] for p in network.parameters())
-    alive = torch.cuda.max_memory_allocated() if cuda else live.peak + weights
-    parts = plan.memory(asked)
-    planned = sum(update for name, (*_, update) in parts.items() if "moments" not in name)
-    return {"planned GB of the update": planned / 1e9, "measured": alive / 1e9}
+    torch.cuda.reset_peak_memory_stats() if cuda else None
+    made = bench.peak_gigabytes(partial(bench.update, *inputs))
+    alive = torch.cuda.max_memory_allocated() / 1e9 if cuda else made + weights / 1e9
+    planned = sum(n for name, (*_, n) in plan.memory(asked).items() if "moments" not in name)
+    return {"planned GB of the update": planned / 1e9, "measured": alive}
 
 
-def attempt(name, function, numbers):
-    """Runs function() and notes seconds, and what it returned or what went wrong."""
-    started, found = time.time(), {}
-    print(f"{name} …", flush=True)
-    try:
-        found = function() or {}
-    except Exception as error:  # whatever it is: the day goes on
-        found = {"failed": str(error).strip()[-500:] or type(error).__name__}
-    numbers[name] = {"seconds": round(time.time() - started, 1)} | found
-
-
-def last_metrics(directory):
-    """What is worth a look in the last line of a run's metrics."""
-    line = jobs.lines_of(directory / "metrics.jsonl")[-1]
-    names = ("test_accuracy", "sampler_gap", "importance", "ratio_max")
-    names += ("sample_tokens_per_second", "train_tokens_per_second")
-    return {name: line[name] for name in names}
+def ended(name, script, flags, out):
+    """Runs one of `commands`; returns what is worth a look in the last line of a run's metrics."""
+    jobs.call(script, flags, out / f"{name}.log")
+    path = out / name.replace(" ", "_") / "metrics.jsonl"
+    last = jobs.lines_of(path)[-1] if path.exists() else {}
+    return {metric: last[metric] for metric in WORTH_A_LOOK if last}
 
 
 @run.exit_on_bad_input
@@ -144,27 +128,29 @@ def main(argv=None):
     device, out, numbers = run.pick_device(asked.device), Path(asked.out), {}
     run.require(not out.exists(), f"{out} is there: remove it, or give another --out")
     out.mkdir(parents=True)
-    large = large_model(asked, device, out)
-    for name, (script, flags) in commands(asked, device, out, large).items():
-
-        def call(name=name, script=script, flags=flags):
-            jobs.call(script, flags, out / f"{name}.log")
-            directory = out / name.replace(" ", "_")
-            return last_metrics(directory) if directory.is_dir() else {}
-
-        attempt(name, call, numbers)
-    attempt("memory against the plan", partial(memory, large, device), numbers)
-    attempt("limits", partial(device_limits, device, asked.quick), numbers)
-    attempt("shares", lambda: of_the_limit(large, out / "0.5B.json", numbers["limits"]), numbers)
+    large, on = large_model(asked, device, out), run.describe(device)
+    tried = commands(asked, device, out, large)
+    steps = {name: partial(ended, name, *command, out) for name, command in tried.items()}
+    steps["memory against the plan"] = partial(memory, large, device)
+    steps["limits"] = partial(device_limits, device, asked.quick)
+    steps["shares"] = lambda: of_the_limit(large, out / "0.5B.json", numbers["limits"])
+    for name, step in steps.items():
+        print(f"{name} …", flush=True)
+        started = time.time()
+        try:
+            found = step()
+        except Exception as error:  # whatever it is: the day goes on
+            found = {"failed": str(error).strip()[-500:] or type(error).__name__}
+        numbers[name] = {"seconds": round(time.time() - started, 1)} | found
+    run.write_json(out / "numbers.json", {"on": on, "steps": numbers})
     failed = [name for name, found in numbers.items() if "failed" in found]
-    run.write_json(out / "numbers.json", {"on": run.describe(device), "steps": numbers})
-    rows = [f"| {name} | " + ", ".join(f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}"
-            for n, v in found.items()) + " |" for name, found in numbers.items()]  # fmt: skip
-    page = ["# First day", f"`{run.describe(device)}`"]
-    page += ["\n".join(["| step | |", "|---|---|", *rows])]
-    page += [f"Failed: {', '.join(failed) or 'nothing'}."]
-    (out / "README.md").write_text("\n\n".join(page) + "\n")
-    print(f"{out}/README.md\nfailed: {', '.join(failed) or 'nothing'}")
+    said = ", ".join(failed) or "nothing"
+    page = f"# First day\n\n`{on}`\n\n| step | |\n|---|---|\n"
+    for name, found in numbers.items():
+        cells = (f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}" for n, v in found.items())
+        page += f"| {name} | {', '.join(cells)} |\n"
+    (out / "README.md").write_text(f"{page}\nFailed: {said}.\n")
+    print(f"{out}/README.md\nfailed: {said}")
     return failed
 
 

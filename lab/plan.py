@@ -1,4 +1,4 @@
-"""What a run needs, on paper: memory of a GPU by part, operations and time of one step.
+"""What a run needs, on paper: the memory of a GPU, by part.
 
     python -m lab.plan --model Qwen/Qwen2.5-7B --gpus 8 --prompts 512 --response_length 20480
 
@@ -22,8 +22,6 @@ from system.loading import require_positions
 from system.settings import AT_LEAST_1, POSITIVE, flag
 from system.slots import FIRST_COLUMNS
 
-COMPUTE_USE = 0.4  # share of --gpu_tflops that forward and backward passes reach
-BANDWIDTH_USE = 0.7  # share of --gpu_bandwidth that decoding reaches
 # fmt: off
 LESS = {  # flags with which a phase needs less memory
     "sampling": "a lower --sample_rows", "scoring": "a lower --micro_batch_tokens",
@@ -34,8 +32,6 @@ LESS = {  # flags with which a phase needs less memory
 class Settings(train_vapo.Settings):
     gpus: int = flag(1, "how many GPUs", AT_LEAST_1)
     gpu_memory: float = flag(80.0, "GB of one GPU", POSITIVE)
-    gpu_tflops: float = flag(989.0, "10^12 operations a second of a GPU (H100, bfloat16)", POSITIVE)
-    gpu_bandwidth: float = flag(3350.0, "GB a second between a GPU and its memory (H100)", POSITIVE)
     # fmt: on
 
     def check(self):
@@ -50,11 +46,6 @@ class Settings(train_vapo.Settings):
 
     def processes(self):
         return self.gpus
-
-
-def state_bytes(parameters, gpus):
-    """(4n/N, 4n/N, 8n/N): weights, gradients, AdamW's moments of n parameters on N GPUs."""
-    return 4 * parameters / gpus, 4 * parameters / gpus, 8 * parameters / gpus
 
 
 def table_columns(prompt, response, several_waves):
@@ -81,17 +72,6 @@ def table_bytes(answers, prompt, response):
     return answers * (8 * (prompt + response) + 28 * response)
 
 
-def forward_operations(body, attention, rows, start, end):
-    """Of tokens `start` to `end` of each row; the one at position i takes 2 body + 4 attention · i.
-    body: parameters of the layers; attention: layers · heads · width of a head."""
-    return rows * (2 * body * (end - start) + 2 * attention * (end**2 - start**2))
-
-
-def decode_bytes(steps, weights, answers, token, prompt, response):
-    """Weights, keys and values read in sampling: steps · weights + B · token · (P T + T² / 2)."""
-    return steps * weights + answers * token * (prompt * response + response**2 / 2)
-
-
 def rows_of(tokens, length, answers):
     """(rows, tokens of each) of the fullest of `table.micro_batches`; one row may have more."""
     rows = min(answers, -(-tokens // length))
@@ -115,9 +95,7 @@ def shapes(asked):
     require_positions(config, length, asked.model)
     policy, trunk = training.num_parameters(), training.base_model.num_parameters()
     first, last = training.get_input_embeddings().weight, training.get_output_embeddings().weight
-    heads, layers = config.num_attention_heads, config.num_hidden_layers
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kept = getattr(config, "num_key_value_heads", None) or heads
+    kept = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     token = token_bytes(sampling) * -(-kept // together) / kept  # whole heads
     prompts, samples = asked.rollout_shape()
     here, updates = -(-prompts // asked.gpus), -(-prompts * samples // asked.mini_batch)
@@ -131,11 +109,11 @@ def shapes(asked):
     return SimpleNamespace(
         training=training, scoring=imagined(asked.model, seen, dtype), sampling=sampling,
         policy=policy, critic=0 if asked.critic_free else trunk + last.shape[1] + 1,
-        body=trunk - first.numel(), layer=(trunk - first.numel()) // layers,
+        layer=(trunk - first.numel()) // config.num_hidden_layers,
         embeddings=first.numel() + (0 if first is last else last.numel()),
-        words=last.shape[0], width=last.shape[1], attention=layers * heads * head_width,
-        size=size, held=held, token=token, copied=copied, share=share, length=length,
-        prompts=here, answers=here * samples, slots=slots, updates=updates, updated=updated,
+        words=last.shape[0], width=last.shape[1], size=size, held=held, token=token,
+        copied=copied, share=share, length=length, slots=slots, updates=updates,
+        updated=updated, prompts=here, answers=here * samples,
         read=min(here, max(1, asked.sample_rows // samples)),  # prompts at once
         micro=rows_of(asked.micro_batch_tokens, length, updated),
         scored=rows_of(4 * asked.micro_batch_tokens, length, here * samples),
@@ -143,9 +121,10 @@ def shapes(asked):
 
 
 def memory(asked):
-    """{part: (bytes while sampling, while scoring, in the update)} of one GPU at its fullest."""
+    """{part: (bytes while sampling, while scoring, in the update)} of one GPU at its fullest.
+    Of n parameters on N GPUs: weights and gradients 4 n / N each, AdamW's moments 8 n / N."""
     s, several, vllm = shapes(asked), asked.gpus > 1, asked.engine == "vllm"
-    weights, gradients, moments = state_bytes(s.policy + s.critic, asked.gpus)
+    weights = 4 * (s.policy + s.critic) / asked.gpus
     columns = table_columns(asked.prompt_length, asked.response_length, s.answers > s.slots)
     waiting = s.read * asked.prompt_length * (1 if s.read == s.prompts else 2)  # and the next ones
     _, reading = activations(s.sampling, s.read, asked.prompt_length, backward=False)
@@ -163,8 +142,8 @@ def memory(asked):
     gathered, more = (several * s.size * (n * s.layer + s.embeddings) for n in (2, 1))
     return {
         "weights": (weights, weights, weights),
-        "AdamW's moments": (moments, moments, moments),
-        "gradients": (0, 0, gradients),
+        "AdamW's moments": (2 * weights, 2 * weights, 2 * weights),
+        "gradients": (0, 0, weights),
         "copy that samples": (s.copied, s.copied, s.copied),
         "gathered weights": (0, gathered, gathered + more),
         "keys and values": tables,
@@ -173,47 +152,21 @@ def memory(asked):
     }
 
 
-def step(asked):
-    """{phase: (operations, seconds)} of one GPU in one step, every answer as long as may be.
-    Sampling: the prompts, then ⌈B · N / slots⌉ · T steps for N GPUs that sample as one, bound by
-    what they read or compute. Scoring: a forward pass of policy and critic. Updates: three times
-    that, four with checkpointing; the output matrix four times, for its logits are made again."""
-    s, prompt, response = shapes(asked), asked.prompt_length, asked.response_length
-    end = prompt + response
-    rate, bandwidth = asked.gpu_tflops * 1e12 * COMPUTE_USE, asked.gpu_bandwidth * 1e9
-    together, both, updated = asked.tensor_parallel, 2 - asked.critic_free, s.updates * s.updated
-    forward, head = partial(forward_operations, s.body, s.attention), 2 * s.words * s.width
-    read, decoded = forward(s.prompts, 0, prompt), forward(s.answers, prompt, end)
-    decoded += s.answers * head * response
-    steps = -(-s.answers * together // max(1, s.slots)) * response
-    how = (s.policy * s.size / together, s.answers * together, s.token, prompt, response)
-    moved = decode_bytes(steps, *how) / (bandwidth * BANDWIDTH_USE)
-    scored = both * forward(s.answers, 0, end) + s.answers * head * response
-    passes = both * (3 + asked.gradient_checkpointing)
-    trained = passes * forward(updated, 0, end) + 4 * updated * head * response
-    return {"sampling": (read + decoded, read / rate + max(moved, decoded / rate)),
-            "scoring": (scored, scored / rate), "updates": (trained, trained / rate)}  # fmt: skip
-
-
-def line(name, *columns):
-    print(f"{name:34s}" + "".join(f"{column:>15s}" for column in columns))
-
-
 def report(asked):
-    """Prints the plan. Returns: {"gigabytes": of one GPU in each phase, "seconds", "fits"}."""
+    """Prints the plan. Returns: {"gigabytes": of one GPU in each phase, "fits"}."""
     s, parts, limit = shapes(asked), memory(asked), asked.gpu_memory * 1e9
-    full = [sum(column) for column in zip(*parts.values())]
-    phases, (rows, length), response = step(asked), s.micro, asked.response_length
-    seconds = sum(taken for _, taken in phases.values())
+    full, (rows, length) = [sum(column) for column in zip(*parts.values())], s.micro
+    row = ("{:34s}" + 3 * "{:>15s}").format
     on = f" on {asked.tensor_parallel} GPUs" * (asked.tensor_parallel > 1)
     print(f"on paper: {asked.model}, {asked.gpus} x {asked.gpu_memory:g} GB")
-    print(f"policy {s.policy:,} parameters, critic {s.critic:,}; answers of {response:,} tokens")
+    longest = f"answers of {asked.response_length:,} tokens"
+    print(f"policy {s.policy:,} parameters, critic {s.critic:,}; {longest}")
     print(f"one GPU: {s.prompts} prompts, {s.answers} answers, {s.slots} side by side{on}", end="")
     print(f"; {s.updates} updates of {s.updated} answers, {rows} x {length:,} tokens at once\n")
-    line("GB of one GPU", "sampling", "scoring", "update")
+    print(row("GB of one GPU", "sampling", "scoring", "update"))
     for name, numbers in (parts | {"together": full}).items():
-        line(name, *(f"{number / 1e9:.1f}" for number in numbers))
-    line("", *("fits" if number <= limit else "does not fit" for number in full))
+        print(row(name, *(f"{number / 1e9:.1f}" for number in numbers)))
+    print(row("", *("fits" if number <= limit else "does not fit" for number in full)))
     table = table_bytes(asked.prompts * asked.samples, asked.prompt_length, asked.response_length)
     print(f"CPU memory of each process: a rollout's table, {table / 1e9:.1f} GB, at most twice")
     if not s.slots:
@@ -222,22 +175,15 @@ def report(asked):
         phase, less = list(LESS.items())[full.index(max(full))]
         less = f"{less}, --engine vllm --tensor_parallel N, more --gpus"
         print(f"fullest: {phase}; less memory with {less}")
-    line("\none step, operations of one GPU")
-    for name, (work, taken) in phases.items():
-        line(name, f"{work / 1e15:,.0f} PFLOP", f"{taken:,.0f} s")
-    line("together", "", f"{seconds / 3600:.2f} h")
-    compute = f"{COMPUTE_USE:.0%} of {asked.gpu_tflops:g} TFLOP/s"
-    reading = f"{BANDWIDTH_USE:.0%} of {asked.gpu_bandwidth:g} GB/s"
-    print(f"assumed: {compute}, {reading}, prompts of {asked.prompt_length:,} tokens; no time for")
-    print("starting kernels, between GPUs, for verdicts and evaluations; no fragments of memory")
+    print(f"assumed: prompts of {asked.prompt_length:,} tokens; no fragments of memory")
     fits = max(full) <= limit and s.slots > 0
-    return {"gigabytes": tuple(number / 1e9 for number in full), "seconds": seconds, "fits": fits}
+    return {"gigabytes": tuple(number / 1e9 for number in full), "fits": fits}
 
 
 @run.exit_on_bad_input
 def main(argv=None):
-    preset = settings.parse(Settings, argv, __doc__).preset
-    asked = settings.parse(Settings, argv, __doc__, train_vapo.PRESETS[preset])
+    parse = partial(settings.parse, Settings, argv, __doc__)
+    asked = parse(train_vapo.PRESETS[parse().preset])
     asked.check()
     return report(asked)
 

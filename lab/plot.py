@@ -33,9 +33,9 @@ class Settings(settings.Settings):
 # fmt: on
 
 
-def curve(lines, name, x="step"):
+def curve(lines, name):
     """[(step, number)] of a metric, where it was logged."""
-    return [(line[x], line[name]) for line in lines if line.get(name) is not None]
+    return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
 
 
 def need(*packages):

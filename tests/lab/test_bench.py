@@ -7,7 +7,6 @@ import pytest
 import torch
 from helpers import fails_with
 
-import model
 import train_vapo
 from lab import bench, plan
 from system import settings
@@ -47,9 +46,7 @@ def test_sampling_and_update_in_a_small_world(world):
 def test_both_sides_of_the_update_make_the_same_gradients(world, monkeypatch):
     flags = [f"@{world}/train_vapo.args", "--prompts=6", "--samples=4", "--response_length=24"]
     asked = settings.parse(train_vapo.Settings, [*flags, "--device=cpu"], "")
-    policy, tokenizer, (problems,) = model.set_up(asked, [asked.train])
-    how = (tokenizer, problems[:6], asked, seeded_generator(0, "test"))
-    policy, critic, rows, _ = bench.scored(policy, bench.sample(policy, *how), asked)
+    _, policy, critic, rows, _ = bench.scored(asked, seeded_generator(0, "test"))
     shape = plan.shapes(settings.parse(plan.Settings, [*flags, "--device=cpu"], ""))
     assert critic.num_parameters() == shape.critic  # what first_day holds against the plan
     found = []

@@ -33,14 +33,13 @@ def test_what_fails_is_noted_and_the_next_step_begins(tmp_path, monkeypatch, cap
 
 def test_the_share_of_the_devices_limit_by_hand(tmp_path, monkeypatch):
     """4 slots, weights of 8,000 bytes, 10 bytes of keys and values a token, prompts of 6, answers
-    of 8: 2,000 + 10 · (6 + 4) = 2,100 bytes a token. Updates: 2 of 16 answers, 256 tokens, 25,600
-    operations: 100 a token."""
-    shape = {"policy": 4000, "size": 2, "slots": 4, "token": 10, "updates": 2, "updated": 16}
+    of 8: 2,000 + 10 · (6 + 4) = 2,100 bytes a token. 6 · (4,000 + 3,000) operations a token."""
+    shape = {"policy": 4000, "critic": 3000, "size": 2, "slots": 4, "token": 10}
     monkeypatch.setattr(first_day.plan, "shapes", lambda asked: SimpleNamespace(**shape))
-    monkeypatch.setattr(first_day.plan, "step", lambda asked: {"updates": (25_600, 1.0)})
     parts = [{"part": "sampling", "ours": 50.0}, {"part": "update, 1 GB", "ours": 30.0}]
     (tmp_path / "bench.json").write_text(json.dumps({"lines": parts}))
     flags = ["--train=t", "--test=t", "--prompt_length=6", "--response_length=8"]
-    limits = {"bytes": 1_050_000.0, "operations": 6000.0}
-    shares = first_day.of_the_limit(flags, tmp_path / "bench.json", limits)
-    assert list(shares.values()) == pytest.approx([50 * 2100 / 1_050_000, 30 * 100 / 6000])
+    limits = {"bytes": 1_050_000.0, "operations": 2_520_000.0}
+    for own, update in (([], 0.5), (["--gradient_checkpointing"], 0.5 * 8 / 6)):
+        shares = first_day.of_the_limit([*flags, *own], tmp_path / "bench.json", limits)
+        assert list(shares.values()) == pytest.approx([0.1, update])

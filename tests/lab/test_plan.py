@@ -212,12 +212,6 @@ def test_parameters_are_those_of_the_models_that_train(tmp_path):
     assert s.critic == parameters == 494_032_768 + 896 + 1
 
 
-def test_states_of_half_a_billion_parameters_on_four_gpus():
-    states = plan.state_bytes(494_032_768, 4)  # together 16 · n / 4
-    assert states == (494_032_768, 494_032_768, 988_065_536)
-    assert sum(plan.state_bytes(1, 1)) == 16
-
-
 def test_keys_and_values_of_one_token(large):
     s = plan.shapes(Settings(model=large, gpus=64))
     # Two, layers, key-value heads, width of one, bfloat16.
@@ -249,22 +243,6 @@ def test_columns_of_the_samplers_table():
     assert plan.table_columns(prompt=1024, response=20480, several_waves=True) == 34784
 
 
-def test_operations_of_one_layer():
-    """A model of 10 parameters and attention of width 3: 2 · 10 a token, and 4 · 3 · position, half
-    a token's less on average."""
-    four = plan.forward_operations(10, 3, rows=1, start=0, end=4)
-    assert four == 4 * 20 + 12 * (0.5 + 1.5 + 2.5 + 3.5)
-    parts = [plan.forward_operations(10, 3, 5, *ends) for ends in ((0, 4), (4, 9), (0, 9))]
-    assert parts[0] + parts[1] == parts[2]
-
-
-def test_bytes_read_while_decoding():
-    """Two answers of 4 tokens after prompts of 10, in 4 steps: tokens after 10.5, 11.5, 12.5 and
-    13.5 others, on average."""
-    read = plan.decode_bytes(steps=4, weights=1000, answers=2, token=8, prompt=10, response=4)
-    assert read == 4000 + 2 * 8 * 48
-
-
 @pytest.mark.parametrize(
     "tokens, length, answers, rows",
     [
@@ -293,19 +271,22 @@ def test_a_plan_needs_a_config_and_nothing_else(tmp_path, capsys):
     assert "less memory" not in capsys.readouterr().out
     assert plan.main([*flags, "--gpus=16"])["gigabytes"][2] < found["gigabytes"][2]
     critic_free = plan.main([*flags, "--gpus=8", "--preset=grpo"])
-    assert "critic 0;" in capsys.readouterr().out and critic_free["seconds"] < found["seconds"]
+    assert "critic 0;" in capsys.readouterr().out
+    assert critic_free["gigabytes"][2] < found["gigabytes"][2]
 
 
 def test_a_plan_says_what_it_said_before(large, capsys):
-    """The README's plan, digit for digit."""
+    """The plan of docs/gpus.md, digit for digit. Weights: 4 · 64.75e9 / 64."""
     plan.main([f"--model={large}", "--gpus=64", "--prompts=512", *LONG])
     said = capsys.readouterr().out
     for line in (
         "policy 32,763,876,352 parameters, critic 31,985,313,793; answers of 20,480 tokens",
         "one GPU: 8 prompts, 128 answers, 128 side by side; 16 updates of 8 answers, 1 x 21,504",
+        "weights                                       4.0            4.0            4.0",
+        "AdamW's moments                               8.1            8.1            8.1",
+        "gradients                                     0.0            0.0            4.0",
         "together                                   1248.7           96.3          550.7",
-        "updates                               1,280 PFLOP        3,235 s",
-        "together                                                  2.27 h",
+        "assumed: prompts of 1,024 tokens; no fragments of memory",
     ):
         assert line in said
 
@@ -345,8 +326,6 @@ def test_a_large_policy_samples_over_several_gpus(large, capsys):
         (["--gpus=8", "--engine=vllm", "--tensor_parallel=3"], "and --gpus a multiple of it"),
         (["--gpus=8", "--tensor_parallel=2"], "--tensor_parallel 2 is for --engine vllm"),
         (["--gpu_memory=0"], "--gpu_memory must be positive"),
-        (["--gpu_tflops=-1"], "--gpu_tflops must be positive"),
-        (["--gpu_bandwidth=0"], "--gpu_bandwidth must be positive"),
         (["--response_length=32768"], "has 32768 positions"),
         (["--model=nowhere"], "no model directory at nowhere"),
     ],
