@@ -4,13 +4,11 @@
     python ablate.py --rows main 30 300   # VAPO, its rivals, other critics: 30, 100, 300 tokens
     python ablate.py --rows long --quick  # three times as many rollouts; in small: a smoke test
 
-1. One embedded world for each length, one reward model in it, and one critic pretrained from that,
-   as in the paper, in OUT/start. With value pretraining a run starts from the critic, without from
-   the reward model.
-2. Each run is `python train_vapo.py` with one row's flags, on one core; a killed run is resumed, a
-   finished one never repeated.
-3. A finished run's metrics.jsonl is copied to OUT/raw. From those files `python -m lab.report`
-   writes OUT/README.md and the pictures.
+One embedded world for each length, a reward model in it, and a critic pretrained from that, as in
+the paper, are in OUT/start: with value pretraining a run starts from the critic, without from the
+reward model. Each run is `python train_vapo.py` with one row's flags, on one core; a killed one is
+resumed, a finished one never repeated. Its metrics.jsonl is copied to OUT/raw, from which
+`python -m lab.report` writes OUT/README.md and the pictures.
 """
 
 import json
@@ -28,9 +26,8 @@ from system.settings import NOT_NEGATIVE, flag
 from train_vapo import PRESETS
 
 # fmt: off
-# Long, heterogeneous answers with a sparse outcome. By the tokens of an answer that works, in the
-# mean; the longer, the fewer slips, so that the base models are right about equally often. Each
-# is trained until it tells slips from steps, as a pretrained one does.
+# Heterogeneous answers, a sparse outcome. By the mean tokens of an answer that works: the longer,
+# the fewer slips, so that the base models, which tell slips from steps, are right equally often.
 WORLDS = {"30": {"min_steps": 3, "max_steps": 36, "slip": 0.25},
           "100": {"min_steps": 10, "max_steps": 120, "slip": 0.08},
           "300": {"min_steps": 30, "max_steps": 360, "slip": 0.026}}
@@ -78,10 +75,9 @@ for group in ("30", "300", "long"):
 
 
 def syndrome(bits):
-    """Of a combination of the pieces, "1111111" with all: the exclusive or of the places, 1 to 7,
-    that are on. Combinations of syndrome 0 are the 16 words of Hamming's code: a regular fraction
-    of resolution IV (no main effect is mixed up with an interaction of two), as are the 32 of
-    syndromes 0 and 1 and the 64 of 0 to 3. In this order, a cube not yet finished says most."""
+    """Of a combination of the pieces: the exclusive or of the places, 1 to 7, of those that are on.
+    In its order every part of the cube says most: the 16 of syndrome 0 (Hamming's code), 32 of 0
+    and 1, 64 of 0 to 3 mix up no main effect with an interaction of two (resolution IV)."""
     return reduce(xor, (place for place, bit in enumerate(bits, 1) if bit == "1"), 0)
 
 
