@@ -98,16 +98,19 @@ def problem_results(rows, tokenizer, problems, samples, bare_number=False):
 
 
 @torch.no_grad()
-def describe_samples(critic, tokenizer, problems, rows, samples, tokens=0):
+def describe_samples(critic, tokenizer, problems, rows, samples, tokens=0, world=None):
     """Two answers to each of the first four problems, with verdict and, of a critic, V, read
-    `tokens` at a time."""
+    `tokens` at a time; in an embedded world with the chance that is true before each token."""
     index = [i for i in range(min(4 * samples, len(rows["length_B"]))) if i % samples < 2]
     part = table.take(rows, torch.tensor(index))
     value_BT = torch.zeros(len(index), int(part["length_B"].max()) if critic else 0)
     for i in table.micro_batches(part, tokens) if critic else ():  # on all ranks
         found_BT = model.critic_values(critic, table.take(part, i, critic.device)).cpu()
         value_BT[i, : found_BT.shape[1]] = found_BT
-    described = []
+    if rest := world and [i for i in range(len(rows["length_B"])) if i not in index]:
+        others = table.take(rows, torch.tensor(rest))  # no answer's own outcome is in its truth
+        true_BT = toy.perfect_values(world, problems, tokenizer, others, part)
+    token_BT, described = table.response_tokens(part), []
     for i, text in enumerate(table.texts(part, tokenizer)):
         problem, length = problems[int(part["problem_B"][i])], int(part["length_B"][i])
         described.append({
@@ -115,6 +118,8 @@ def describe_samples(critic, tokenizer, problems, rows, samples, tokens=0):
             "correct": bool(part["correct_B"][i]),
             "finish": "stop" if part["stop_B"][i] else "length",
             "values": [round(value, 4) for value in value_BT[i, :length].tolist()],
+            "true": [round(p, 4) for p in true_BT[i, :length].tolist()] if rest else [],
+            "tokens": tokenizer.batch_decode(token_BT[i, :length, None]),
         })  # fmt: skip
     return described
 
@@ -125,7 +130,8 @@ def evaluate_in_run(step, sampler, critic, tokenizer, problems, settings, verify
     started, samples = time.time(), settings.eval_samples
     how = (settings, verify, 1.0, f"evaluation {step}")
     metrics, rows, _ = evaluate(sampler, tokenizer, problems, samples, *how)
-    what = (critic, tokenizer, problems, rows, samples, settings.micro_batch_tokens)
+    world = toy.world_of(settings.test, tokenizer) if critic else None
+    what = (critic, tokenizer, problems, rows, samples, settings.micro_batch_tokens, world)
     log.samples(step, describe_samples(*what))
     numbers = {f"test_{name}": value for name, value in metrics.items()}
     return metrics, numbers | {"seconds_eval": time.time() - started}

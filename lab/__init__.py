@@ -1,6 +1,7 @@
 """How do we know? What measures and draws; every file is a script or a part of one.
 
 plot.py      the curves of runs, and a run as text: python -m lab.plot runs/NAME
+view.py      an HTML file of what the critic thought of each token: python -m lab.view runs/NAME
 report.py    the ablations' table and figures: python -m lab.report
 plan.py      memory of a run, on paper: python -m lab.plan --model NAME --gpus 64
 dryrun.py    a model's own code on tensors without memory, for plan.py

@@ -97,6 +97,26 @@ def test_evaluation_trains_nothing_and_says_how_each_problem_went(world, tmp_pat
     assert numbers["test_majority"] == pytest.approx(said["majority"])
 
 
+def test_the_truth_beside_an_answer_is_counted_on_other_answers(world, pair):
+    """All shown answers are wrong and all others right: the truth is 1 everywhere.
+    Without other answers, or without a world, none is known."""
+    policy, _, tokenizer = pair
+    prompts = tokenizer(["a1:", "b2:"])["input_ids"]
+    asked = [{"problem": p, "answer": "a", "prompt": i} for p, i in zip(("a1", "b2"), prompts)]
+    source = torch.Generator(policy.device).manual_seed(0)
+    rows = rollout.sample(policy, tokenizer, asked, 4, 16, 1.0, source)
+    rows["correct_B"] = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1]).bool()
+    rows["reward_B"] = rows["correct_B"].float()
+    shown = evaluate.describe_samples(None, tokenizer, asked, rows, 4, world=world)
+    assert len(shown) == 4 and all(set(sample["true"]) == {1.0} for sample in shown)
+    few = table.take(rows, torch.tensor([0, 1]))
+    for known in (
+        evaluate.describe_samples(None, tokenizer, asked, rows, 4),
+        evaluate.describe_samples(None, tokenizer, asked[:1], few, 2, world=world),
+    ):
+        assert all(sample["true"] == [] for sample in known)
+
+
 def test_temperature_and_top_p_of_evaluations_are_their_own(world, tmp_path, monkeypatch):
     """In a run T is 1, whatever is trained at, and top-p --eval_top_p, which training has not; the
     script's are its flags. The greedy answer has neither."""

@@ -709,6 +709,10 @@ def test_samples_show_prompt_answer_verdict_and_values(run):
     for sample in samples:
         assert {"problem", "answer", "response", "correct", "finish", "values"} <= sample.keys()
         assert len(sample["values"]) >= 2 and sample["finish"] in ("stop", "length")
+        words = [token for token in sample["tokens"] if token not in ("<eos>", "<unk>", "<pad>")]
+        assert "".join(words) == sample["response"]
+        assert len(sample["tokens"]) == len(sample["values"]) == len(sample["true"])
+        assert all(0 <= chance <= 1 for chance in sample["true"])
 
 
 def test_next_problems_goes_through_all_of_them_before_any_comes_again():
