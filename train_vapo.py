@@ -204,7 +204,8 @@ def policy_gradients(policy, batch, settings):
         nll = (losses.nll_loss(logp_BT) * micro["nll_weight_BT"]).sum()
         (ppo + mu * nll).backward()
         found = {"policy_loss": ppo, "nll_loss": nll}
-        found |= losses.ratio_metrics(logp_BT, old_logp_BT, adv_BT, table.response_mask(micro), *eps)
+        how = (logp_BT, old_logp_BT, adv_BT, table.response_mask(micro))
+        found |= losses.ratio_metrics(*how, *eps)
         metrics.add(sums, found, micro)
     return sums
 
@@ -332,8 +333,7 @@ def main(argv=None):
         checkpoint.export(critic, tokenizer, run_dir / "critic")
     evaluate.print_before_and_after(before, after, len(test_problems), settings)
     print(f"\nrun directory: {run_dir}   ({time.time() - started:.0f} s)")
-    first = {f"before_{name}": value for name, value in before.items()}
-    return after | first | {"run_dir": str(run_dir)}
+    return after | {f"before_{n}": v for n, v in before.items()} | {"run_dir": str(run_dir)}
 
 
 if __name__ == "__main__":

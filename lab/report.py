@@ -127,8 +127,8 @@ def cube_text(found, runs, log, out):
         cells += map(show, (shapley[0][i], shapley[1][i], without[i], alone[i]))
         cells += [*fell, *(f"{said:+.2f}" for said in predicted[i])]
         lines.append([title, 60 - PAPER[list(PIECES)[i]], *cells])
-    text = [f"{len(part)} runs, {part['title'].nunique()} of 128 combinations. Main effect: the mean "
-            "of all runs with the piece minus that of all without.",
+    text = [f"{len(part)} runs, {part['title'].nunique()} of 128 combinations. Main effect: the "
+            "mean of all runs with the piece minus that of all without.",
             markdown(["", "paper: AIME 2024 lost without it", "mean of training", "final",
                       "Shapley, mean", "Shapley, final", "VAPO − VAPO without it, mean",
                       "PPO with it − PPO, mean", "runs that fell, with", "without",
@@ -196,7 +196,7 @@ def figures(runs, log, found):
         ("curves.png", found, "All runs of the cube, by the piece that explains most.", (7.5, 4.5),
          [("accuracy of the training rollouts", "rollouts", partial(all_curves, log, mean))]),
         ("methods.png", "vapo" in rows, "Who learns fastest, and who is best at the end.",
-         (7.5, 4.5), [curves(METHODS, "test_accuracy", "held-out accuracy (range of seeds)", 0, 1)]),
+         (7.5, 4.5), [curves(METHODS, "test_accuracy", "held-out accuracy", 0, 1)]),
         ("critics.png", "vapo" in rows, "The critic through RL, beside what any could know.",
          (13, 3.6), [curves(CRITICS, CRITIC[0], "explained variance of the critic", -0.2, 1),
                      curves(CRITICS, CRITIC[1], "of the best possible critic", -0.2, 1),
@@ -208,7 +208,7 @@ def figures(runs, log, found):
          [curves(GROUPS["long"], "test_accuracy", "held-out accuracy", 0, 1, x=x)
           for x in ("answers", "gradient_steps")]),
         ("evpo.png", "advantage_variance" in log,
-         "Where the explained variance is above 0, the critic lowers the variance of the advantages "
+         "Where the explained variance is above 0, the critic lowers the variance of advantages "
          "(arXiv 2604.19485); a dot a rollout.", (6, 4.5),
          [("variance of the advantages / of the outcomes", "explained variance",
            partial(evpo, log))]),

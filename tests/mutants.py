@@ -415,9 +415,11 @@ QUICK = [
     ("lab/effects.py", "effect_W**2) * 128 / 4", "effect_W**2) * 128", EFFECTS),
     ("lab/effects.py", "comb(6, bits.count", "comb(7, bits.count", EFFECTS),
     ("lab/effects.py", "0.5 * max(accuracies", "0.4 * max(accuracies", EFFECTS),
-    ("ablate.py", "key=syndrome", "key=len", "test_ablate.py::test_a_part_of_the_cube_is_a_regular_fraction_of_resolution_four"),
+    ("ablate.py", "key=syndrome", "key=len",
+     "test_ablate.py::test_a_part_of_the_cube_is_a_regular_fraction_of_resolution_four"),
     ("ablate.py", "own = {piece: False for piece, bit in zip(PIECES, bits)",
-     "own = {piece: False for piece, bit in zip(PIECES, bits[::-1])", "test_ablate.py::test_the_cube_is_all_combinations_and_nothing_else_changes"),
+     "own = {piece: False for piece, bit in zip(PIECES, bits[::-1])",
+     "test_ablate.py::test_the_cube_is_all_combinations_and_nothing_else_changes"),
 ]
 # Those that need a training run.
 SLOW = [
