@@ -32,7 +32,6 @@ WORLDS = {"30": {"min_steps": 3, "max_steps": 36, "slip": 0.25},
           "100": {"min_steps": 10, "max_steps": 120, "slip": 0.08},
           "300": {"min_steps": 30, "max_steps": 360, "slip": 0.026}}
 WORLD = {"layers": 4, "updates": 2000, "update_rows": 32, "test_problems": 128}
-# 16 updates a rollout, as in the paper.
 RUN = {"steps": 24, "prompts": 16, "samples": 16, "mini_batch": 16, "alpha": 0.5, "critic_lr": 5e-4,
        "eval_every": 3, "eval_samples": 4, "save_every": 6}
 REWARD_MODEL = {"objective": "reward", "answers": 8192, "lr": 5e-4, "batch": 32, "passes": 8,

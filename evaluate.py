@@ -131,8 +131,8 @@ def evaluate_in_run(step, sampler, critic, tokenizer, problems, settings, verify
     how = (settings, verify, 1.0, f"evaluation {step}")
     metrics, rows, _ = evaluate(sampler, tokenizer, problems, samples, *how)
     world = toy.world_of(settings.test, tokenizer) if critic else None
-    what = (critic, tokenizer, problems, rows, samples, settings.micro_batch_tokens, world)
-    log.samples(step, describe_samples(*what))
+    how = (samples, settings.micro_batch_tokens, world)
+    log.samples(step, describe_samples(critic, tokenizer, problems, rows, *how))
     numbers = {f"test_{name}": value for name, value in metrics.items()}
     return metrics, numbers | {"seconds_eval": time.time() - started}
 

@@ -126,7 +126,6 @@ def rollout_metrics(rows):
         last_B1 = rows["length_B"][:, None] - 1
         numbers |= {
             "explained_variance": explained_variance(value_BT, outcome_BT, mask_BT),
-            # of Â over that of the outcome, by EV = 1 − Var(R − V) / Var(R) with V = R − Â
             "advantage_variance": 1 - explained_variance(outcome_BT - adv_BT, outcome_BT, mask_BT),
             "value_first": value_BT[:, 0].mean(),
             "value_last": value_BT.gather(1, last_B1).mean(),

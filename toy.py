@@ -12,14 +12,10 @@ letter and the number of steps left:
     c3:   k2a1f0####f          a slip that nobody noticed: all that follows is wrong
     c3:   ####m                a guess
 
-so RL can do here what it does to a long chain of thought: take more care, correct more, stop
-guessing (the answers grow longer). Steps are log-uniform: lengths differ by tens of times.
-
-What no real data set offers: the truth is known at every token. So it is known how well any critic
-could do (`best_values`), up to a small error of counting, and where the first slip that nobody took
-back is, which a critic should find (`step_drops`, `auc`).
-
-Shapes: B rows as in table.py, T response tokens, N worked steps of all rows together.
+so RL can take more care, correct more, stop guessing (the answers grow longer). Steps are
+log-uniform: lengths differ by tens of times. The truth is known at every token, and so are how well
+any critic could do (`best_values`), up to a small error of counting, and where the first slip that
+nobody took back is, which a critic should find (`step_drops`, `auc`).
 """
 
 import json
