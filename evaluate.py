@@ -63,11 +63,12 @@ def evaluate(policy, tokenizer, problems, samples, settings, verify, temperature
     rows = rollout.sample(*asked, samples, temperature=temperature, top_p=top_p, **how)
     greedy = rollout.sample(*asked, 1, temperature=0.0, **how)
     for answers in (rows, greedy):
-        rollout.judge(answers, tokenizer, problems, verify)
+        rollout.judge(answers, tokenizer, problems, verify, own=settings)
     results = problem_results(rows, tokenizer, problems, samples, settings.bare_number)
     for result, correct in zip(results, greedy["correct_B"].tolist()):
         result["greedy_correct"] = correct
-    return {
+    own = {"reward": rows["reward_B"].mean().item()} if settings.reward else {}
+    return own | {
         "accuracy": rows["correct_B"].float().mean().item(),
         "pass_at_k": fmean(result["correct"] > 0 for result in results),
         "majority": fmean(result["majority_correct"] for result in results),
@@ -98,9 +99,9 @@ def problem_results(rows, tokenizer, problems, samples, bare_number=False):
 
 
 @torch.no_grad()
-def describe_samples(critic, tokenizer, problems, rows, samples, tokens=0):
-    """Two answers to each of the first four problems, with verdict and, of a critic, V, read
-    `tokens` at a time."""
+def describe_samples(critic, tokenizer, problems, rows, samples, tokens=0, own=False):
+    """Two answers to each of the first four problems, with verdict, own reward and, of a
+    critic, V, read `tokens` at a time."""
     index = [i for i in range(min(4 * samples, len(rows["length_B"]))) if i % samples < 2]
     part = table.take(rows, torch.tensor(index))
     value_BT = torch.zeros(len(index), int(part["length_B"].max()) if critic else 0)
@@ -113,6 +114,7 @@ def describe_samples(critic, tokenizer, problems, rows, samples, tokens=0):
         described.append({
             "problem": problem["problem"], "answer": problem["answer"], "response": text,
             "correct": bool(part["correct_B"][i]),
+            **({"reward": part["reward_B"][i].item()} if own else {}),
             "finish": "stop" if part["stop_B"][i] else "length",
             "values": [round(value, 4) for value in value_BT[i, :length].tolist()],
         })  # fmt: skip
@@ -125,8 +127,8 @@ def evaluate_in_run(step, sampler, critic, tokenizer, problems, settings, verify
     started, samples = time.time(), settings.eval_samples
     how = (settings, verify, 1.0, f"evaluation {step}")
     metrics, rows, _ = evaluate(sampler, tokenizer, problems, samples, *how)
-    what = (critic, tokenizer, problems, rows, samples, settings.micro_batch_tokens)
-    log.samples(step, describe_samples(*what))
+    what = (critic, tokenizer, problems, rows, samples)
+    log.samples(step, describe_samples(*what, settings.micro_batch_tokens, settings.reward))
     numbers = {f"test_{name}": value for name, value in metrics.items()}
     return metrics, numbers | {"seconds_eval": time.time() - started}
 
@@ -156,7 +158,7 @@ def main(argv=None):
     flags.save_config(run_dir, settings, sampler.device)
     log = Log(run_dir)
     log.metrics(0, {f"test_{name}": value for name, value in metrics.items()})
-    log.samples(0, describe_samples(None, tokenizer, problems, rows, samples))
+    log.samples(0, describe_samples(None, tokenizer, problems, rows, samples, own=settings.reward))
     log.close()
     write_lines(run_dir / "results.jsonl", results)
 
