@@ -1,8 +1,7 @@
 """The countdown game: make the target out of the numbers with + - * /, each number used once.
 
-    python recipes/countdown.py     # writes runs/countdown/train.jsonl and test.jsonl
-    python train_vapo.py --model DIR --train runs/countdown/train.jsonl \
-        --test runs/countdown/test.jsonl --reward recipes/countdown.py:reward
+    python -m recipes.countdown     # writes train.jsonl and test.jsonl into runs/countdown
+    python train_vapo.py --model DIR --train FILE --test FILE --reward recipes/countdown.py:reward
 
 A problem has no answer: many expressions are right. Its columns `numbers` and `target` reach the
 reward, which works the stated expression out on its syntax tree, in fractions, without `eval`.
@@ -36,7 +35,8 @@ def worked_out(text):
 
     if len(text) > 100:  # bounds the depth of the tree, and the numbers
         raise ValueError("too long")
-    return value(ast.parse(text.strip(), mode="eval").body), sorted(numbers)
+    stated = text.partition("=")[0].strip(" .$")
+    return value(ast.parse(stated, mode="eval").body), sorted(numbers)
 
 
 def reward(prompts, completions, numbers, target, truncated, **columns):

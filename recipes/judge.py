@@ -1,7 +1,7 @@
 """A language model as the judge, asked over HTTP at an OpenAI-compatible address (vLLM's, say).
 
-    JUDGE_URL=http://localhost:8000/v1 JUDGE_MODEL=NAME python train_vapo.py --model DIR \
-        --train FILE --test FILE --reward recipes/judge.py:reward
+    export JUDGE_URL=http://localhost:8000/v1 JUDGE_MODEL=NAME
+    python train_vapo.py --model DIR --train FILE --test FILE --reward recipes/judge.py:reward
 
 It gives each answer a grade from 0 to 10: a tenth of it is the reward, and 8 or more is correct. A
 cut answer has 0, unasked. 16 requests go at once; one that fails (no connection, no reply in

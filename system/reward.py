@@ -25,11 +25,11 @@ from system.run import BadInput, require, say_once, written_whole
 @functools.cache
 def load(name):
     """(function, its file's text) of FILE.py:FUNCTION, read once a process. Raises: BadInput."""
-    file, _, wanted = name.rpartition(":")
+    file, _, wanted = name.partition(":")
     try:
         source, names = Path(file).read_text(), runpy.run_path(file)
     except (Exception, SystemExit) as error:
-        said = f"cannot load {file or name} ({type(error).__name__}: {error})"
+        said = f"cannot load {file} ({type(error).__name__}: {error})"
         raise BadInput(f"--reward FILE.py:FUNCTION: {said}") from None
     require(inspect.isfunction(names.get(wanted)), f"--reward {name}: {file} has no such function")
     return names[wanted], source
@@ -66,7 +66,7 @@ def checked(function, seconds, answers):
     def end(number, frame):  # no exception: the function could catch it, or wait for its threads
         who = f" on rank {distributed.rank()}" if distributed.rank() else ""
         said = f"{place(function, [*walk_stack(frame)][::-1])} took longer than --reward_seconds"
-        print(f"error{who}: {said} {seconds:g}, {asked}", file=sys.stderr, flush=True)
+        print(f"\nerror{who}: {said} {seconds:g}, {asked}", file=sys.stderr, flush=True)
         os._exit(2)
 
     before = signal.signal(signal.SIGALRM, end)
