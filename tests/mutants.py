@@ -289,7 +289,7 @@ QUICK = [
      "test_rollout.py::test_a_truncated_answer_is_never_right"),
     ("rollout.py", "reward_correct if right else reward_wrong", "float(right)",
      "test_rollout.py::test_a_truncated_answer_is_never_right"),
-    # ★ the verdict taken from the sign of the reward; a limit of the judge that stays on the clock
+    # a reward of one's own: the verdict taken from its sign, no number, a clock that runs on
     ("rollout.py", 'verify(text, problem["answer"]) if correct is None else correct',
      "number > 0 if number is not None else verify(text, problem['answer'])",
      "test_reward.py::test_the_bool_decides_then_the_verifier_and_a_cut_answer_is_wrong"),
@@ -297,8 +297,6 @@ QUICK = [
      "test_reward.py::test_what_a_reward_may_not_return_is_named_by_problem_file_and_line"),
     ("system/reward.py", "signal.setitimer(signal.ITIMER_REAL, 0)", "pass",
      "test_reward.py::test_the_time_limit_is_for_the_call_alone"),
-    ("train_value.py", "reward.load(settings.reward)[1] if own else None", "None",
-     "test_reward.py::test_value_pretraining_has_the_same_reward_and_its_answers_are_for_it_alone"),
     ("rollout.py", 'rows["problem_B"].new_tensor(chosen)[rows["problem_B"]]', 'rows["problem_B"]',
      "test_rollout.py::test_answers_are_judged_by_the_problem_that_was_asked"),
     ("rollout.py", 'progress["queue"][:count], progress["queue"][count:]',
@@ -418,6 +416,10 @@ SLOW = [
      '(settings, verify, settings.temperature, f"evaluation', EVALUATED),
     ("evaluate.py", "rollout.sample(*asked, 1, temperature=0.0, **how)",
      "rollout.sample(*asked, 1, temperature=1.0, **how)", EVALUATED),
+    ("train_value.py", "reward.load(settings.reward)[1] if own else None", "None",
+     "test_reward.py::test_value_pretraining_has_the_same_reward_and_its_answers_are_for_it_alone"),
+    ("system/reward.py", "copy.read_text() == source", "True",
+     "test_reward.py::test_a_function_that_has_changed_is_noticed_on_resume"),
     ("train_vapo.py", 'progress["sampled"] + drawn["answers"]',
      'progress["sampled"] + len(rows["length_B"])',
      "test_vapo.py::test_the_rivals_run_from_start_to_saved_policy_each_in_its_own_way"),

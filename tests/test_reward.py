@@ -22,7 +22,7 @@ import rollout
 import train_value
 import train_vapo
 from recipes import countdown, judge
-from system import base_model, checkpoint, reward, run
+from system import base_model, checkpoint, distributed, reward, run
 from system.run import BadInput, write_lines
 
 ROOT = Path(__file__).parent.parent
@@ -54,15 +54,16 @@ def test_it_is_given_lists_of_prompts_completions_and_columns(tmp_path):
     assert asked(own(tmp_path / "..", "return [0]"), ANSWERED | {"columns": {}}) == [(0, None)]
 
 
-def test_the_bool_decides_then_the_verifier_and_a_cut_answer_is_wrong(tokenizer, tmp_path, capsys):
+def test_the_bool_decides_then_the_verifier_and_a_cut_answer_is_wrong(
+    tokenizer, tmp_path, capsys, monkeypatch
+):
     ids = [tokenizer(text)["input_ids"] for text in 5 * ["a:####c"]]
     length_B, five_B = torch.full((5,), 2), torch.arange(5)
     rows = {"token_BL": torch.tensor(ids), "length_B": length_B, "prompt_length_B": length_B,
             "stop_B": five_B != 4, "problem_B": five_B}  # fmt: skip
-    answers = ["c", "a", "c", None, "c"]
-    problems = [ANSWERED | {"answer": answer} for answer in answers]
-    said = "return [-1, 2, (0.5, False), (-3, True), (9, True)]"
-    settings = train_vapo.Settings(reward=own(tmp_path, said))
+    answers, says = ["c", "a", "c", None, "c"], [-1, 2, (0.5, False), (-3, True), (9, True)]
+    problems = [ANSWERED | {"answer": a, "columns": {"says": s}} for a, s in zip(answers, says)]
+    settings = train_vapo.Settings(reward=own(tmp_path, "return columns['says']"))
     run.say_once.cache_clear()
     rollout.judge(rows, tokenizer, problems, rollout.verify, 7.0, 7.0, settings)
     assert rows["correct_B"].tolist() == [True, False, False, True, False]
@@ -70,6 +71,13 @@ def test_the_bool_decides_then_the_verifier_and_a_cut_answer_is_wrong(tokenizer,
     out = capsys.readouterr().out
     assert "whether an answer is correct, the function's bool says" in out
     assert "whether an answer is correct, the verifier says" in out
+    expected, parts = torch.stack([rows["reward_B"], rows["correct_B"].float()]), []
+    monkeypatch.setattr(distributed, "add_up", lambda tensor: parts.append(tensor) or tensor)
+    monkeypatch.setattr(distributed, "all_ranks", lambda value: [value])
+    for rank in range(7):  # some have no answer, and do not ask
+        monkeypatch.setattr(distributed, "STATE", {"world": 7, "rank": rank})
+        rollout.judge(rows, tokenizer, problems, rollout.verify, 7.0, 7.0, settings)
+    assert torch.equal(sum(parts), expected)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +344,7 @@ def test_a_run_of_countdown(tmp_path):
 class Judge(BaseHTTPRequestHandler):
     """Grades an answer "7" with 7; each first request to an answer with a fault has that fault."""
 
-    seen, now, most, lock = [], 0, 0, threading.Lock()
+    seen, now, most, lock, sixteen = [], 0, 0, threading.Lock(), threading.Event()
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -347,7 +355,11 @@ class Judge(BaseHTTPRequestHandler):
             Judge.now, first = Judge.now + 1, answer not in self.seen
             Judge.most = max(self.most, self.now)
             self.seen.append(answer)
-        time.sleep(2 if first and "slow" in answer else 0.1)
+            if self.most >= 16:
+                self.sixteen.set()
+        if "number" in answer:
+            self.sixteen.wait(3)  # the first ones, for the others
+        time.sleep(6 if first and "slow" in answer else 0.01)
         status = 503 if first and "busy" in answer else 400 if "refused" in answer else 200
         grade = "well …" if first and "vague" in answer else f"{answer.split()[0]} / 10"
         reply = json.dumps({"choices": [{"message": {"content": grade}}]}).encode()
@@ -380,7 +392,7 @@ def server(monkeypatch):
 
 
 def test_the_judge_is_asked_sixteen_at_once_with_time_outs_and_retries(server, monkeypatch):
-    monkeypatch.setattr(judge, "TIMEOUT", 1)
+    monkeypatch.setattr(judge, "TIMEOUT", 5)
     answers = [f"{i % 11} number {i}" for i in range(61)]
     answers += ["8 slow", "7 busy", "10 vague"]
     cut = [i == 5 for i in range(64)]
