@@ -10,8 +10,7 @@ def prompted_problems(path, tokenizer, settings):
     s = settings
     how = (s.prompt_template, s.prompt_length, s.chat_template, s.drop_long_prompts)
     problems = load_problems(path, answers=not s.reward)
-    answers = [p["answer"] for p in problems if p["answer"]]
-    latex = [a for a in answers if "\\" in a and rational(normalise(a)) is None]
+    latex = [a for p in problems if "\\" in (a := p["answer"]) and rational(normalise(a)) is None]
     if latex and s.verifier == "exact":
         said = f"{path}: {len(latex)} answers are LaTeX such as {latex[0][:40]}, which is compared"
         print(f"warning: {said} as it is spelt: --verifier math_verify knows what it means")

@@ -198,9 +198,9 @@ def sampled_answers(settings, out, policy, tokenizer, problems):
              "bare_number", "reward_correct", "reward_wrong"]  # fmt: skip
     names += [] if settings.reuse_answers else ["seed", "answers", "samples"]
     source = {name: getattr(settings, name) for name in names}
-    own = bool(settings.reward)  # which reads all columns
-    source["reward"] = reward.load(settings.reward)[1] if own else None
-    texts = [[p["problem"], p["answer"], *[repr(p["columns"])] * own] for p in problems]
+    source["reward"] = reward.load(settings.reward)[1] if settings.reward else None
+    read = ("problem", "answer", *["columns"] * bool(settings.reward))
+    texts = [[str(problem[name]) for name in read] for problem in problems]
     source["policy or problems"] = loading.fingerprint(policy, texts)
     if distributed.from_rank_0(path.exists()):
         stored = checkpoint.read(path)

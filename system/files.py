@@ -25,8 +25,8 @@ FIELDS = (("problem", "answer"), ("question", "answer"), ("input", "target"),
 
 def load_problems(path, answers=True):
     """A list of {"problem": str, "answer": str, "where": str, "columns": the row}, with "messages"
-    where the prompt is a list of chat messages; with answers=False an answer may be missing, which
-    is then None. Raises: BadInput that names the file, and the bad row."""
+    where the prompt is a list of chat messages; with answers=False one without an answer is
+    good, and has "". Raises: BadInput that names the file, and the bad row."""
     rows = rows_of(str(path))
     problems = [{"where": w, "columns": row} | problem_of(row, w, answers) for w, row in rows]
     require(problems, f"{path} holds no problems")
@@ -54,10 +54,10 @@ def problem_of(row, where, answers=True):
     require(isinstance(text, str) and text.strip(), f'{where}: "{name}" must be a text, not empty')
     if name == "question" and isinstance(answer, str):
         answer = answer.rpartition("####")[2].strip()
-    if not answers and answer in (None, ""):
-        return {"problem": text, "answer": None} | messages
+    answer = "" if answer is None and not answers else answer
     usable = type(answer) in (str, int) or (type(answer) is float and math.isfinite(answer))
-    require(usable and str(answer).strip(), f'{where}: "{key}" must be a text or number, not empty')
+    usable = usable and (str(answer).strip() or not answers)
+    require(usable, f'{where}: "{key}" must be a text or number, not empty')
     return {"problem": text, "answer": str(answer)} | messages
 
 

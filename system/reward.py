@@ -13,7 +13,6 @@ import inspect
 import os
 import runpy
 import signal
-import sys
 from numbers import Real
 from pathlib import Path
 from traceback import walk_stack, walk_tb
@@ -29,8 +28,7 @@ def load(name):
     try:
         source, names = Path(file).read_text(), runpy.run_path(file)
     except (Exception, SystemExit) as error:
-        said = f"cannot load {file} ({type(error).__name__}: {error})"
-        raise BadInput(f"--reward FILE.py:FUNCTION: {said}") from None
+        raise BadInput(f"--reward {name}: {type(error).__name__}: {error}") from None
     require(inspect.isfunction(names.get(wanted)), f"--reward {name}: {file} has no such function")
     return names[wanted], source
 
@@ -66,17 +64,18 @@ def checked(function, seconds, answers):
     def end(number, frame):  # no exception: the function could catch it, or wait for its threads
         who = f" on rank {distributed.rank()}" if distributed.rank() else ""
         said = f"{place(function, [*walk_stack(frame)][::-1])} took longer than --reward_seconds"
-        print(f"\nerror{who}: {said} {seconds:g}, {asked}", file=sys.stderr, flush=True)
+        os.write(2, f"\nerror{who}: {wrong or f'{said} {seconds:g}'}, {asked}\n".encode())
         os._exit(2)
 
-    before = signal.signal(signal.SIGALRM, end)
+    wrong, before = None, signal.signal(signal.SIGALRM, end)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        values, wrong = called(function, answers)
-        if wrong:  # by which of them? the one with which alone the same goes wrong
-            alone = (answer for answer in answers if called(function, [answer])[1] == wrong)
-            culprit = next((f"asked about {problem['where']}" for problem, *_ in alone), asked)
-            raise BadInput(f"{wrong}, {culprit}")
+        (values, wrong), part = called(function, answers), answers
+        while wrong and len(part) > 1:  # by which answer? a half brings the same about
+            halves = part[: len(part) // 2], part[len(part) // 2 :]
+            part = next((half for half in halves if called(function, half)[1] == wrong), ())
+        where = f"asked about {part[0][0]['where']}" if part else asked
+        require(not wrong, f"{wrong}, {where}")
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -87,7 +86,7 @@ def checked(function, seconds, answers):
         pair = isinstance(value, (list, tuple)) and len(value) == 2
         number, correct = value if pair else (value, None)
         good = isinstance(number, Real) and type(number) is not bool and abs(number) < 1e30
-        good &= type(correct) is bool or (correct is None and problem["answer"] is not None)
+        good &= type(correct) is bool or (correct is None and problem["answer"] != "")
         told = f"{said} {value!r:.60}, asked about {problem['where']}"
         wants = "a finite number, or that and a bool: is it correct? (a must without an answer)"
         require(good, f"{told}: wants {wants}")
@@ -99,14 +98,13 @@ def checked(function, seconds, answers):
 
 def called(function, answers):
     """(what it returns, None) or, if it raises something, (None, "FILE:LINE: what")."""
-    rows = [problem["columns"] for problem, *_ in answers]
+    problems, texts, ended = zip(*answers)
+    rows = [problem["columns"] for problem in problems]
     names = dict.fromkeys(name for row in rows for name in row if name)
     columns = {name: [row.get(name) for row in rows] for name in names}
-    columns["prompts"] = [problem["problem"] for problem, *_ in answers]
-    columns["completions"] = [text for _, text, _ in answers]
-    columns["truncated"] = [not ended for *_, ended in answers]
+    columns |= {"completions": list(texts), "truncated": [not whole for whole in ended]}
     try:
-        return function(**columns), None
+        return function(**columns | {"prompts": [p["problem"] for p in problems]}), None
     except (Exception, SystemExit) as error:
         said = f"{type(error).__name__}: {distributed.first_line(error)}"
         return None, f"{place(function, walk_tb(error.__traceback__))}: {said}"

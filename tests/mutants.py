@@ -416,7 +416,7 @@ SLOW = [
      '(settings, verify, settings.temperature, f"evaluation', EVALUATED),
     ("evaluate.py", "rollout.sample(*asked, 1, temperature=0.0, **how)",
      "rollout.sample(*asked, 1, temperature=1.0, **how)", EVALUATED),
-    ("train_value.py", "reward.load(settings.reward)[1] if own else None", "None",
+    ("train_value.py", "reward.load(settings.reward)[1] if settings.reward else None", "None",
      "test_reward.py::test_value_pretraining_has_the_same_reward_and_its_answers_are_for_it_alone"),
     ("system/reward.py", "copy.read_text() == source", "True",
      "test_reward.py::test_a_function_that_has_changed_is_noticed_on_resume"),

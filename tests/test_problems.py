@@ -50,7 +50,7 @@ def test_whole_rows_are_kept_and_only_a_reward_of_ones_own_does_without_answers(
     rows += [{"prompt": MESSAGES, "reward_model": {}}, {"problem": "e", "answer": ""}]
     (path := tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, rows)))
     loaded = files.load_problems(path, answers=False)
-    assert [problem["answer"] for problem in loaded] == [None, None, "3", None, None]
+    assert [problem["answer"] for problem in loaded] == ["", "", "3", "", ""]
     assert [problem["columns"] for problem in loaded] == rows
     for row in rows[:2] + rows[3:]:
         path.write_text(json.dumps(row))
