@@ -6,9 +6,8 @@
 
 One embedded world for each length, a reward model in it, and a critic pretrained from that, as in
 the paper, are in OUT/start: with value pretraining a run starts from the critic, without from the
-reward model. Each run is `python train_vapo.py` with one row's flags, on one core; a killed one is
-resumed, a finished one never repeated. Its metrics.jsonl is copied to OUT/raw, from which
-`python -m lab.report` writes OUT/README.md and the pictures.
+reward model. Each run is `python train_vapo.py` with a row's flags; a killed one is resumed, a
+finished one never repeated. OUT/raw has each one's metrics, OUT/README.md what lab.report says.
 """
 
 import json
@@ -142,15 +141,16 @@ def is_there(path, where, row, seed, quick):
     return path.exists()
 
 
-def prepare(start, quick):
-    """World, reward model and critics in OUT/start/LENGTH, unless they are there: they are kept
+def prepare(start, rows, quick):
+    """World, reward model and the rows' critics in OUT/start/LENGTH, unless they are there: kept
     with the results, so that runs on other machines, which round otherwise, start alike."""
     world, log = start / "world", f"{start}/log"
-    own = WORLD | (QUICK_WORLD if quick else WORLDS[start.name])
-    jobs.call("toy.py", to_flags(own | {"out": world}), log)
+    own = WORLD | (QUICK_WORLD if quick else WORLDS[start.name]) | {"out": world}
+    jobs.call("toy.py", to_flags(own), log)
     scores, value = start / "reward_model", VALUE | {"init": start / "reward_model" / "critic"}
     fits = {"reward_model": REWARD_MODEL, "value": value}
-    fits["surprise"] = value | {"critic_surprise": True}
+    if any("surprise" in row for row in rows):
+        fits["surprise"] = value | {"critic_surprise": True}
     for name, own in fits.items():
         own = own | (QUICK_VALUE if quick else {}) | {"device": "cpu", "out": start / name}
         if (answers := scores / "answers.pt").exists() and "init" in own:
@@ -194,7 +194,7 @@ def main(argv=None):
     workers, failed = settings.jobs or jobs.cores(), []
     print(jobs.time_left(waiting, runs, out / "raw", workers), flush=True)
     for start in dict.fromkeys(start_of(row, out) for row, _ in waiting):
-        prepare(start, settings.quick)
+        prepare(start, [row for row, _ in waiting], settings.quick)
     work = {pair: partial(run, *pair, runs, out, settings.quick) for pair in waiting}
     for (row, seed), accuracy, error in jobs.side_by_side(work, workers) if waiting else ():
         failed += [f"{row}, seed {seed}: {error}"] if error else []

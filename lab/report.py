@@ -137,7 +137,8 @@ def cube_text(found, runs, log, out):
     for r, title in RESPONSES.items():
         told = (f"{s:.4f} {n} ({free} degrees of freedom)"
                 for n, (s, free) in found[r]["errors"].items() if free)  # fmt: skip
-        text.append(f"Standard deviation of one run, {title}: {'; '.join(told)}.")
+        text.append(f"Standard deviation of one run, {title}: {'; '.join(told)}. The first with 20 "
+                    "degrees or more is the intervals'.")  # fmt: skip
         pairs = sorted((w for w in effect[r] if len(w) == 2), key=lambda w: -abs(effect[r][w]))
         told = (f"{TITLES[i]} × {TITLES[j]} {show(effect[r][i, j], half[r][i, j])}"
                 for i, j in pairs[:5])  # fmt: skip

@@ -50,8 +50,7 @@ def side_by_side(jobs, workers):
 
 def time_left(waiting, runs, raw, workers):
     """In words: what is missing, (row, seed) each, and its hours, by the runs made in `runs` or, if
-    there are none, those that other machines left in `raw`. What comes before a row's first _ says
-    how long it is."""
+    there are none, those that other machines left in `raw`, of the same length of answer or run."""
     spent, kept = {}, {path.stem: path for path in sorted(raw.glob("*.jsonl"))}
     for name in [name for name in kept if (runs / name).is_dir()] or kept:
         told = (line.items() for line in lines_of(kept[name])[1:])

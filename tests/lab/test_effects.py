@@ -20,8 +20,8 @@ def response(bits):
 
 
 def test_effects_of_a_known_response_by_hand():
-    """With piece 2 in half of the runs, piece 1 is worth 0.1 + 0.08 / 2; piece 2, 0.08 / 2; where
-    both are on or both off there is 0.08 / 2 / 2 … the interaction is half of half of 0.08 · 2."""
+    """With piece 2 in half of the runs, piece 1 is worth 0.1 + 0.08 / 2, piece 2 0.08 / 2. Where
+    piece 2 is on, piece 1 is worth 0.18, where it is off 0.1: the interaction is half of 0.08."""
     y = [response(bits) for bits in CUBE]
     effect, unit, (sigma, free) = effects.effects(CUBE, [0] * 128, y)
     by_hand = {(0,): 0.14, (1,): 0.04, (2,): -0.04, (0, 1): 0.04}
@@ -51,7 +51,7 @@ def test_a_replicate_that_is_better_throughout_changes_no_effect():
 
 
 def test_the_error_of_one_run_by_hand_and_from_noise():
-    # d = −1, −3: mean −2, Σ (d − mean)² = 2, σ² = 2 / 2 / (2 − 1) … Σ / (2 (n − 1)) = 1
+    # d = −1, −3: mean −2, Σ (d − mean)² = 2, and σ² = 2 / (2 · (2 − 1)) = 1
     sigma, free = effects.error_of_replicates(
         ["a", "b", "a", "b", "c"], [0, 0, 1, 1, 0], [1, 2, 2, 5, 9]
     )
