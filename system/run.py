@@ -52,8 +52,9 @@ def exit_on_bad_input(main):
     def wrapped(argv=None):
         try:
             result = main(argv)
-            if distributed.world() > 1:  # threads of a group still there can abort an exit
-                distributed.dist.destroy_process_group()
+            if distributed.world() > 1:  # at an ordinary exit torch's threads can abort one rank,
+                distributed.all_ranks(sys.stdout.flush() or sys.stderr.flush())
+                os._exit(0)  # and torchrun then ends the others
             return result
         except BadInput as error:
             rank, code = os.environ.get("RANK", "0"), 2
