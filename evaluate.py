@@ -63,11 +63,12 @@ def evaluate(policy, tokenizer, problems, samples, settings, verify, temperature
     rows = rollout.sample(*asked, samples, temperature=temperature, top_p=top_p, **how)
     greedy = rollout.sample(*asked, 1, temperature=0.0, **how)
     for answers in (rows, greedy):
-        rollout.judge(answers, tokenizer, problems, verify)
+        rollout.judge(answers, tokenizer, problems, verify, settings)
     results = problem_results(rows, tokenizer, problems, samples, settings.bare_number)
     for result, correct in zip(results, greedy["correct_B"].tolist()):
         result["greedy_correct"] = correct
-    return {
+    own = {"reward": rows["reward_B"].mean().item()} if settings.reward else {}
+    return own | {
         "accuracy": rows["correct_B"].float().mean().item(),
         "pass_at_k": fmean(result["correct"] > 0 for result in results),
         "majority": fmean(result["majority_correct"] for result in results),
@@ -115,7 +116,7 @@ def describe_samples(critic, tokenizer, problems, rows, samples, tokens=0, world
         problem, length = problems[int(part["problem_B"][i])], int(part["length_B"][i])
         described.append({
             "problem": problem["problem"], "answer": problem["answer"], "response": text,
-            "correct": bool(part["correct_B"][i]),
+            "correct": bool(part["correct_B"][i]), "reward": part["reward_B"][i].item(),
             "finish": "stop" if part["stop_B"][i] else "length",
             "values": [round(value, 4) for value in value_BT[i, :length].tolist()],
             "true": [round(p, 4) for p in true_BT[i, :length].tolist()] if rest else [],

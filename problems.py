@@ -9,7 +9,7 @@ def prompted_problems(path, tokenizer, settings):
     """`load_problems` and `encode_prompts` as the settings of a run say."""
     s = settings
     how = (s.prompt_template, s.prompt_length, s.chat_template, s.drop_long_prompts)
-    problems = load_problems(path)
+    problems = load_problems(path, answers=not s.reward)
     latex = [a for p in problems if "\\" in (a := p["answer"]) and rational(normalise(a)) is None]
     if latex and s.verifier == "exact":
         said = f"{path}: {len(latex)} answers are LaTeX such as {latex[0][:40]}, which is compared"

@@ -18,7 +18,7 @@ from tqdm import tqdm
 import dapo
 import table
 from model import policy_logprobs
-from system import distributed, loading
+from system import distributed, loading, reward
 from system.equality import equal
 from system.generate import sample_with_generate
 from system.math_equality import MathEquality
@@ -81,7 +81,7 @@ def judged(sampler, tokenizer, problems, chosen, verify, samples, settings, gene
                   settings.response_length, settings.temperature, generator,
                   settings.sample_rows, progress=label, engine=settings.engine)  # fmt: skip
     rows["problem_B"] = rows["problem_B"].new_tensor(chosen)[rows["problem_B"]]
-    judge(rows, tokenizer, problems, verify, settings.reward_correct, settings.reward_wrong)
+    judge(rows, tokenizer, problems, verify, settings)
     return rows
 
 
@@ -154,20 +154,24 @@ def sample(
     return rows
 
 
-def judge(rows, tokenizer, problems, verify=verify, reward_correct=1.0, reward_wrong=0.0):
-    """Adds correct_B, the verifier's verdict, and reward_B, what is optimised.
+def judge(rows, tokenizer, problems, verify=verify, settings=None):
+    """Adds correct_B, the verdict, and reward_B, what is optimised: --reward_correct, --reward_wrong
+    (1 and 0), or what --reward says; its bool, where it returns one, is the verdict.
     A truncated answer is terminal, and wrong: its last words may be half of a number."""
-    right_B = torch.zeros_like(rows["stop_B"], dtype=torch.int)
-    mine = distributed.share(torch.arange(len(right_B)))
+    high, low = getattr(settings, "reward_correct", 1.0), getattr(settings, "reward_wrong", 0.0)
+    mine, answers = distributed.share(torch.arange(len(rows["stop_B"]))), []
     if len(mine):
-        own = table.take(rows, mine)
-        answers = zip(
-            table.texts(own, tokenizer), own["problem_B"].tolist(), own["stop_B"].tolist()
-        )
-        verdicts = [ended and verify(text, problems[i]["answer"]) for text, i, ended in answers]
-        right_B[mine] = torch.tensor(verdicts, dtype=torch.int)
-    rows["correct_B"] = distributed.add_up(right_B).bool()
-    rows["reward_B"] = torch.where(rows["correct_B"], reward_correct, reward_wrong)
+        part = table.take(rows, mine)
+        asked = [problems[i] for i in part["problem_B"].tolist()]
+        answers = list(zip(asked, table.texts(part, tokenizer), part["stop_B"].tolist()))
+    found = []
+    for (number, correct), (problem, text, ended) in zip(reward.ask(settings, answers), answers):
+        right = ended and (verify(text, problem["answer"]) if correct is None else correct)
+        found.append(((high if right else low) if number is None else number, right))
+    found_2B = torch.zeros(2, len(rows["stop_B"]))
+    found_2B[:, mine] = torch.tensor(found, dtype=torch.float).reshape(-1, 2).T
+    rows["reward_B"], right_B = distributed.add_up(found_2B)
+    rows["correct_B"] = right_B.bool()
 
 
 def warn_of_gap(step, numbers):

@@ -31,7 +31,7 @@ import rollout
 import table
 import toy
 from gae import explained_variance
-from system import checkpoint, distributed, loading, run, settings as flags
+from system import checkpoint, distributed, loading, reward, run, settings as flags
 from system.learner import Learner, step_or_skip
 from system.run import require, seeded_generator
 from system.settings import AT_LEAST_1, INSIDE_SHARE, NOT_NEGATIVE, POSITIVE, flag
@@ -198,7 +198,9 @@ def sampled_answers(settings, out, policy, tokenizer, problems):
              "bare_number", "reward_correct", "reward_wrong"]  # fmt: skip
     names += [] if settings.reuse_answers else ["seed", "answers", "samples"]
     source = {name: getattr(settings, name) for name in names}
-    texts = [[problem["problem"], problem["answer"]] for problem in problems]
+    source["reward"] = reward.load(settings.reward)[1] if settings.reward else None
+    read = ("problem", "answer", *["columns"] * bool(settings.reward))
+    texts = [[str(problem[name]) for name in read] for problem in problems]
     source["policy or problems"] = loading.fingerprint(policy, texts)
     if distributed.from_rank_0(path.exists()):
         stored = checkpoint.read(path)

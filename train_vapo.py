@@ -306,7 +306,8 @@ def settings_of(argv):
     if settings.resume:
         settings = flags.resumed(Settings, argv, __doc__, settings.resume)
         return settings, Path(settings.resume)
-    defaults = toy.defaults("train_vapo", settings.model) | PRESETS[settings.preset]
+    preset = PRESETS[settings.preset] | ({"reward_wrong": 0.0} if settings.reward else {})
+    defaults = toy.defaults("train_vapo", settings.model) | preset
     settings = flags.parse(Settings, argv, __doc__, defaults)
     return settings, flags.new_run_dir(settings.out, settings.preset)
 

@@ -37,14 +37,13 @@ def advantages(value_T, reward, config):
 
 
 def shown(sample, config):
-    """A line of samples.jsonl as the page has it: with the reward, and [V, Â] of the critic and, if
+    """A line of samples.jsonl as the page has it: with [V, Â] of the critic and, if
     known, of the truth (a chance in the line, so here in the run's rewards)."""
-    low, high = config["reward_wrong"], config["reward_correct"]
-    reward = high if sample["correct"] else low
+    low, high, reward = config["reward_wrong"], config["reward_correct"], sample["reward"]
     both = {"critic": sample["values"], "truth": [low + (high - low) * p for p in sample["true"]]}
     both = {name: [V, advantages(V, reward, config)] for name, V in both.items() if V}
-    names = ("step", "problem", "answer", "tokens", "correct", "finish")
-    return {name: sample[name] for name in names} | {"reward": reward} | both
+    names = ("step", "problem", "answer", "tokens", "correct", "reward", "finish")
+    return {name: sample[name] for name in names} | both
 
 
 def page(name, config, answers):

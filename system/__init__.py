@@ -12,6 +12,7 @@ generate.py      the same by transformers' generate, the plain reference
 vllm_engine.py   the same by vLLM (optional)
 equality.py      are these two answers the same? exact, bounded time
 math_equality.py the same for general LaTeX, in a process that can be killed (optional)
+reward.py        your own reward function: loaded, asked, checked
 files.py         problems from JSONL, JSON, CSV and parquet files, and from the hub
 truth.py         what is true in the embedded world at every token
 base_model.py    a tiny base model for the embedded world

@@ -23,23 +23,26 @@ FIELDS = (("problem", "answer"), ("question", "answer"), ("input", "target"),
           ("prompt", "reward_model"))  # fmt: skip
 
 
-def load_problems(path):
-    """A list of {"problem": str, "answer": str, "where": str}, with "messages" where the prompt is
-    a list of chat messages. Raises: BadInput that names the file, and the bad row."""
-    problems = [{"where": where} | problem_of(row, where) for where, row in rows_of(str(path))]
+def load_problems(path, answers=True):
+    """A list of {"problem": str, "answer": str, "where": str, "columns": the row}, with "messages"
+    where the prompt is a list of chat messages; with answers=False one without an answer is
+    good, and has "". Raises: BadInput that names the file, and the bad row."""
+    rows = rows_of(str(path))
+    problems = [{"where": w, "columns": row} | problem_of(row, w, answers) for w, row in rows]
     require(problems, f"{path} holds no problems")
     return problems
 
 
-def problem_of(row, where):
+def problem_of(row, where, answers=True):
     """One row of a file → {"problem", "answer"}, maybe "messages". Raises: BadInput."""
-    pairs = [pair for pair in FIELDS if isinstance(row, dict) and row.keys() >= set(pair)]
+    fields = [pair[: 1 + answers] for pair in FIELDS]
+    pairs = [pair for pair in fields if isinstance(row, dict) and row.keys() >= set(pair)]
     if not pairs:
         has = f"has {', '.join(map(str, row))}" if isinstance(row, dict) else "is no object"
-        wanted = ", or ".join(" and ".join(pair) for pair in FIELDS)
+        wanted = ", or ".join(" and ".join(pair) for pair in fields)
         raise BadInput(f"{where}: wants the fields {wanted}; {has}"[:400])
-    name, key = pairs[0]
-    text, answer, messages = row[name], row[key], {}
+    name, key = next(pair for pair in FIELDS if pair[0] == pairs[0][0])
+    text, answer, messages = row[name], row.get(key), {}
     if name == "prompt":
         listed = isinstance(text, list) and all(isinstance(message, dict) for message in text)
         chat = listed and {type(m.get(n)) for m in text for n in ("role", "content")} == {str}
@@ -51,8 +54,10 @@ def problem_of(row, where):
     require(isinstance(text, str) and text.strip(), f'{where}: "{name}" must be a text, not empty')
     if name == "question" and isinstance(answer, str):
         answer = answer.rpartition("####")[2].strip()
+    answer = "" if answer is None and not answers else answer
     usable = type(answer) in (str, int) or (type(answer) is float and math.isfinite(answer))
-    require(usable and str(answer).strip(), f'{where}: "{key}" must be a text or number, not empty')
+    usable = usable and (str(answer).strip() or not answers)
+    require(usable, f'{where}: "{key}" must be a text or number, not empty')
     return {"problem": text, "answer": str(answer)} | messages
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 from transformers import HfArgumentParser
 
-from system import distributed
+from system import distributed, reward
 from system.run import BadInput, describe, pick_device, require, write_json
 
 # What a value may be: the words that follow the flag's name in an error, and the test.
@@ -77,6 +77,8 @@ class SamplingSettings(Settings):
     verifier: Literal["exact", "math_verify"] = flag(
         "exact", "exact: verifier.py; math_verify: general LaTeX too (pip install math-verify)")
     bare_number: bool = flag(False, "where no answer is stated: the last number (verifier.py)")
+    reward: str = flag("", "FILE.py:FUNCTION, your own: docs/models.md")
+    reward_seconds: float = flag(600.0, "most time for a call of it", POSITIVE, may_change=True)
     engine: Literal["slots", "hf", "vllm"] = flag(
         "slots", "slots: our fast sampler; hf: transformers' generate; vllm: if it is installed")
     sample_rows: int = flag(256, "answers that are sampled side by side", AT_LEAST_1)
@@ -93,6 +95,8 @@ class SamplingSettings(Settings):
             there = getattr(self, name) != module or importlib.util.find_spec(module)
             package = module.replace("_", "-")
             require(there, f"--{name} {module} needs the package {package}: pip install {package}")
+        if self.reward:
+            reward.load(self.reward)
         pick_device(self.device)
 
     def processes(self):
@@ -112,6 +116,11 @@ class TrainingSettings(SamplingSettings):
     micro_batch_tokens: int = flag(16384, "tokens of a pass, padded", AT_LEAST_1, may_change=True)
     gradient_checkpointing: bool = flag(False, "less memory, but more time", may_change=True)
     # fmt: on
+
+    def check(self):
+        super().check()
+        own = self.reward and (self.reward_correct, self.reward_wrong) != (1.0, 0.0)
+        require(not own, "--reward has no use for --reward_correct and --reward_wrong")
 
 
 def parse(settings_class, argv, description, defaults=None):
@@ -154,7 +163,9 @@ def new_run_dir(out, name):
 
 
 def save_config(run_dir, settings, device):
-    """Writes RUN_DIR/config.json: the settings, and what they ran on."""
+    """Writes RUN_DIR/config.json: the settings, and what they ran on; and a copy of --reward."""
+    if getattr(settings, "reward", ""):
+        reward.keep_source(settings.reward, run_dir)
     write_json(f"{run_dir}/config.json", {"settings": asdict(settings), "on": describe(device)})
 
 

@@ -32,7 +32,8 @@ CHAT = (
 
 def without_where(loaded):
     return [
-        {name: value for name, value in problem.items() if name != "where"} for problem in loaded
+        {name: v for name, v in problem.items() if name not in ("where", "columns")}
+        for problem in loaded
     ]
 
 
@@ -41,6 +42,26 @@ def test_all_fields_in_use_are_read_alike_from_jsonl_and_json(kind, tmp_path):
     rows, path = [row for row, _ in WANTED], tmp_path / f"data.{kind}"
     path.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
     assert without_where(files.load_problems(path)) == [wanted for _, wanted in WANTED]
+
+
+def test_whole_rows_are_kept_and_only_a_reward_of_ones_own_does_without_answers(tmp_path):
+    rows = [{"problem": "a", "numbers": [1, 2]}, {"question": "b", "answer": None},
+            {"problem": "c", "answer": 3, "input": "d"}]  # fmt: skip
+    rows += [{"prompt": MESSAGES, "reward_model": {}}, {"problem": "e", "answer": ""}]
+    (path := tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    loaded = files.load_problems(path, answers=False)
+    assert [problem["answer"] for problem in loaded] == ["", "", "3", "", ""]
+    assert [problem["columns"] for problem in loaded] == rows
+    for row in rows[:2] + rows[3:]:
+        path.write_text(json.dumps(row))
+        with pytest.raises(BadInput, match="line 1"):
+            files.load_problems(path)
+    path.write_text('{"text": "a"}')
+    with pytest.raises(BadInput, match="wants the fields problem, or question, or input, or promp"):
+        files.load_problems(path, answers=False)
+    path.write_text('{"problem": "a", "answer": ["b"]}')
+    with pytest.raises(BadInput, match='"answer" must be'):
+        files.load_problems(path, answers=False)
 
 
 def test_csv_with_commas_quotes_and_line_breaks(tmp_path):

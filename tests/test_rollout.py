@@ -2,6 +2,7 @@
 padding."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -291,7 +292,8 @@ def test_a_truncated_answer_is_never_right(policy, tokenizer, problems):
     }  # fmt: skip
     for stop_B, correct_B in (([True, True], [True, False]), ([False, True], [False, False])):
         rows["stop_B"] = torch.tensor(stop_B)
-        rollout.judge(rows, tokenizer, problems, reward_correct=2.0, reward_wrong=-1.0)
+        settings = SimpleNamespace(reward_correct=2.0, reward_wrong=-1.0, reward="")
+        rollout.judge(rows, tokenizer, problems, settings=settings)
         assert rows["correct_B"].tolist() == correct_B
         assert rows["reward_B"].tolist() == [2.0 if correct else -1.0 for correct in correct_B]
 

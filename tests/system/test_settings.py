@@ -126,5 +126,5 @@ def test_every_setting_that_may_change_changes_no_number():
     assert {name for name, may in known.items() if may == "above 0"} == {"dynamic_sampling"}
     assert {name for name, may in known.items() if may is True} == {
         "resume", "steps", "eval_every", "save_every", "micro_batch_tokens", "vllm_memory",
-        "gradient_checkpointing", "tensor_parallel",
+        "gradient_checkpointing", "tensor_parallel", "reward_seconds",
     }  # fmt: skip
