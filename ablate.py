@@ -58,7 +58,7 @@ MAIN = {"vapo": ("VAPO", {})}
 MAIN |= {f"no_{piece}": (f"w/o {PIECES[piece]}", {piece: False}) for piece in list(PIECES)[:3]}
 for row, title in {"ppo": "PPO", "vc_ppo": "VC-PPO", "grpo": "GRPO", "dapo": "DAPO"}.items():
     MAIN[row] = (title, {"preset": row, "lr": LEARNING_RATES[row]})
-MAIN["perfect_critic"] = ("VAPO, perfect critic", {"perfect_critic": True})
+MAIN["perfect_critic"] = ("VAPO, perfect critic", {"critic": "truth"})
 MAIN["critic_surprise"] = ("VAPO, critic that reads −log π", {"critic_surprise": True})
 ROWS = dict(MAIN)
 for row in ("vapo", "dapo", "perfect_critic"):

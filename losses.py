@@ -44,18 +44,9 @@ def importance_weight(old_logp_BT, sampled_logp_BT, cap=None):
     return ratio(old_logp_BT, sampled_logp_BT).clamp(max=cap)
 
 
-def value_loss(value_BT, target_BT, old_value_BT=None, clip=None):
-    """½ (V_t − target_t)². With `clip`, the larger of it and of V held in old ± clip (PPO's clip).
-
-    loss_t = ½ max((V − R)², (V_old + clamp(V − V_old, −clip, clip) − R)²)
-
-    Returns: loss_BT.
-    """
-    loss_BT = 0.5 * (value_BT - target_BT) ** 2
-    if clip is None:
-        return loss_BT
-    held_BT = old_value_BT + (value_BT - old_value_BT).clamp(-clip, clip)
-    return torch.maximum(loss_BT, 0.5 * (held_BT - target_BT) ** 2)
+def value_loss(value_BT, target_BT):
+    """½ (V_t − target_t)², as loss_BT."""
+    return 0.5 * (value_BT - target_BT) ** 2
 
 
 def nll_loss(logp_BT):

@@ -28,7 +28,7 @@ def set_up(settings, files, critics=(), policy=None):
     torch.manual_seed(settings.seed)
     tokenizer = loading.load_tokenizer(settings.model)
     length = settings.prompt_length + settings.response_length
-    for path in set(critics) - {"", "fit"}:
+    for path in set(critics) - {"", "fit", "truth"}:
         loading.require_critic(path, tokenizer, length)
     problems = [prompted_problems(path, tokenizer, settings) for path in files]
     if len(problems) == 2 and (twice := repeated(*problems[::-1])):

@@ -155,8 +155,8 @@ def sample(
 
 
 def judge(rows, tokenizer, problems, verify=verify, settings=None):
-    """Adds correct_B, the verdict, and reward_B, what is optimised: --reward_correct, --reward_wrong
-    (1 and 0), or what --reward says; its bool, where it returns one, is the verdict.
+    """Adds correct_B, the verdict, and reward_B, what is optimised: by default --reward_correct or
+    --reward_wrong (1, 0); by --reward, what it says, whose bool, if it returns one, is the verdict.
     A truncated answer is terminal, and wrong: its last words may be half of a number."""
     high, low = getattr(settings, "reward_correct", 1.0), getattr(settings, "reward_wrong", 0.0)
     mine, answers = distributed.share(torch.arange(len(rows["stop_B"]))), []

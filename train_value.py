@@ -67,18 +67,17 @@ class Settings(flags.TrainingSettings):
 # fmt: on
 
 
-def value_gradients(critic, batch, settings, value_clip=None, shift=0):
+def value_gradients(critic, batch, settings, shift=0):
     """Adds the gradients of Σ weight · ½ (V − target)² over a mini-batch.
-    Args: batch, rows with target_BT and critic_weight_BT (with value_clip, old_value_BT too);
-        shift, 0 for V before each token, 1 for the score after it.
+    Args: batch, rows with target_BT and critic_weight_BT; shift, 0 for V before each token, 1 for
+        the score after it.
     Returns: the loss, this rank's part of it."""
     value_loss = run.kernel(losses.value_loss, settings.compile, critic.device)
     total = 0.0
     for index in distributed.deal(table.micro_batches(batch, settings.micro_batch_tokens)):
         micro = table.take(batch, index, critic.device)
         value_BT = model.critic_values(critic, micro, shift)
-        old_value_BT = micro.get("old_value_BT")
-        loss_BT = value_loss(value_BT, micro["target_BT"], old_value_BT, value_clip)
+        loss_BT = value_loss(value_BT, micro["target_BT"])
         loss = (loss_BT * micro["critic_weight_BT"]).sum()
         loss.backward()
         total += loss.item()

@@ -69,7 +69,7 @@ class Settings(flags.TrainingSettings):
     test: str = flag("", "held-out problems, like --train", flags.PROBLEMS)
     out: str = flag("", "run directory; empty: runs/PRESET-DATE-TIME")
     resume: str = flag("", "go on with the run in this directory, as it is", may_change=True)
-    critic: str = flag("", "start from this pretrained critic, as it is; empty: pretrain one")
+    critic: str = flag("", "start from this pretrained one; truth: V is what is true (toy)")
     reward_model: str = flag("", "start the critic from this reward model; fit: from one made here")
 
     value_pretraining: bool = flag(True, "1: pretrain the critic; off: --reward_model, or V = 0")
@@ -94,13 +94,11 @@ class Settings(flags.TrainingSettings):
     eps_low: float = flag(0.2, "lower clip range", INSIDE_SHARE)
     eps_high: float = flag(0.28, "upper clip range", POSITIVE)
     mu: float = flag(0.1, "weight of the positive-example NLL", NOT_NEGATIVE)
-    value_clip: float = flag(0.0, "clip range of the value loss; 0: none", NOT_NEGATIVE)
     is_clip: float = flag(None, "cap of importance weights; 0: none; default: 2 where needed", (
         "is 0 or at least 1", lambda cap: cap == 0 or cap >= 1))
     mask_truncated: bool = flag(False, "leave truncated answers out of the policy's loss only")
     whiten: bool = flag(False, "whiten the advantages over the rollout")
 
-    perfect_critic: bool = flag(False, "toy: V is the truth of the rollout before, counted")
     critic_free: bool = flag(False, "group-relative advantages (GRPO, DAPO); no pieces 1 to 3")
     dynamic_sampling: int = flag(
         0, "DAPO: only mixed groups, from at most N batches", NOT_NEGATIVE, may_change="above 0")
@@ -127,8 +125,8 @@ class Settings(flags.TrainingSettings):
             said = f"{rows} {what} for {processes} processes: each needs one at least"
             require(rows >= processes, said)
         pieces = ("value_pretraining", "decoupled_gae", "length_adaptive_gae")
-        idle = ("critic", "reward_model", "value_clip", "whiten", "critic_surprise")
-        idle = [n for n in (*idle, "perfect_critic") if getattr(self, n)]
+        idle = ("critic", "reward_model", "whiten", "critic_surprise")
+        idle = [name for name in idle if getattr(self, name)]
         idle += [f"no_{name}" for name in pieces if not getattr(self, name)]
         said = f"--critic_free has no use for --{' and --'.join(idle)}"
         require(not (self.critic_free and idle), said)
@@ -227,7 +225,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems)
     sampler, verify = loading.sampler_of(policy, settings), rollout.verifier_of(settings)
     testing = (sampler, critic, tokenizer, test_problems, settings, verify, log)
     world = toy.world_of(settings.train, tokenizer)
-    require(world or not settings.perfect_critic, "--perfect_critic: the truth is not known here")
+    require(world or settings.critic != "truth", "--critic truth: it is not known here")
     stop_if_asked(progress["step"] if progress else 0, settings, run_dir)
     if progress is None:
         progress = {"step": 0, "queue": [], "sampled": 0, "bad_steps": 0}
@@ -248,7 +246,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems)
             )
         with timed(seconds, "score"):  # pieces 2 and 3: advantages and targets from the outcome
             score(policy, critic, rows, settings)
-            if settings.perfect_critic:
+            if settings.critic == "truth":
                 before, progress["rows"] = progress.get("rows"), rows
                 rows["old_value_BT"] = toy.perfect_values(world, problems, tokenizer, before, rows)
             advantages(rows, settings)
@@ -258,8 +256,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems)
                 weights(batch, settings)  # piece 4
                 sums = {}
                 if critic:
-                    value_clip = settings.value_clip or None
-                    sums["value_loss"] = value_gradients(critic, batch, settings, value_clip)
+                    sums["value_loss"] = value_gradients(critic, batch, settings)
                 sums |= policy_gradients(policy, batch, settings)  # pieces 5 and 6
                 update = metrics.of_mini_batch(distributed.add_numbers(sums), batch)
                 made = step_or_skip(learners, update)  # clip, AdamW, schedule; gradients to zero
@@ -324,7 +321,7 @@ def main(argv=None):
         device, critic = policy.device, None
         print(f"{settings.preset}: {run.describe(device)}")
         flags.save_config(run_dir, settings, device)  # of a resumed run too: some may change
-        if not settings.critic_free and not settings.perfect_critic:
+        if not settings.critic_free and settings.critic != "truth":
             start = starting_critic(settings, run_dir, policy)  # piece 1
             critic = loading.load_critic(start, device, settings.dtype, settings.critic_surprise)
             critic = loading.shard(critic, device, settings)

@@ -14,10 +14,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from system import lora
 from system.loading import autocast, checkpoint_gradients, loaded
 from system.slots import CACHE
 
-FAKE = FakeTensorMode()
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
 class Live(TorchDispatchMode):
@@ -44,21 +45,25 @@ class Live(TorchDispatchMode):
 
 
 @cache
-def imagined(path, weights, compute_dtype, checkpointing=False):
-    """The causal LM of the config in `path`, of fake tensors; weights: the dtype that layers see.
+def imagined(path, weights, compute_dtype, checkpointing=False, rank=0):
+    """The causal LM of the config in `path`, of fake tensors; weights: the dtype that layers see;
+    rank: of its adapters.
     Raises: BadInput without a config, a causal LM for it, or the checkpointing asked for."""
     config, make = loaded(AutoConfig.from_pretrained, path), AutoModelForCausalLM.from_config
-    with FAKE:
+    with torch.device("meta"):
         network = loaded(lambda _, **how: make(config, dtype=weights), path).eval()
+        network.compute_dtype = compute_dtype
+        lora.adapt(network, rank, 0)
+    with FAKE:
+        network.to_empty(device="cpu").tie_weights()
     if network.config._attn_implementation == "sdpa":
         # A row needs no mask, but transformers makes one where it sees no numbers.
         AttentionInterface.register("unmasked", sdpa_attention_forward)
         network.set_attn_implementation("unmasked")
     for part in checkpoint_gradients(network, checkpointing).modules():
         part.training = getattr(part, "gradient_checkpointing", False)  # see model.response_hidden
-    for parameter in network.parameters():  # a gradient is dropped where the optimiser has its own
+    for parameter in lora.trained(network):  # a gradient is dropped where the optimiser has its own
         parameter.register_post_accumulate_grad_hook(lambda own: setattr(own, "grad", None))
-    network.compute_dtype = compute_dtype
     return network
 
 
@@ -74,7 +79,8 @@ def activations(network, rows, length, backward=True):
             hidden_BLD = network.base_model(token_BL, use_cache=False).last_hidden_state
         kept = live.now
         if backward:
-            (hidden_BLD.sum() + (network.get_output_embeddings().weight * 1).sum()).backward()
+            head_VD = network.get_output_embeddings().weight
+            (hidden_BLD.sum() + (head_VD.requires_grad and (head_VD * 1).sum())).backward()
     return kept, live.peak
 
 

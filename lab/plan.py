@@ -5,7 +5,8 @@
 Takes the flags of train_vapo.py and reads the model's config.json only. Parameters and activations
 come from dryrun.py, the rest from the formulas below. Policy and critic, float32, with gradients
 and AdamW's moments, are sharded (FSDP2). Every GPU has a whole copy of the policy to sample from,
-or with --engine vllm its part of one. All answers are as long as may be. GB are 10⁹ bytes.
+or with --engine vllm its part of one; one GPU with --lora has none, and what is frozen in bfloat16.
+All answers are as long as may be. GB are 10⁹ bytes.
 """
 
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ import train_vapo
 from lab.dryrun import activations, imagined, token_bytes
 from system import run, settings
 from system.loading import require_positions
+from system.lora import trained
 from system.settings import AT_LEAST_1, POSITIVE, flag
 from system.slots import FIRST_COLUMNS
 
@@ -57,14 +59,14 @@ def table_columns(prompt, response, several_waves):
     return columns
 
 
-def logit_bytes(tokens, words, width, size, memory, backward):
+def logit_bytes(tokens, words, width, size, memory, backward, frozen=False):
     """`logprobs.py` over N tokens: four slices and three copies of the hidden states; backward, the
-    logits it keeps, and the gradients of output matrix and hidden states.
+    logits it keeps, and the gradients of the output matrix, unless it is frozen, and hidden states.
     16 min(N V, slice_on_gpu) + 3 N D size [+ 4 min(N V, max(KEEP, V D)) + V D size + 4 N D]"""
     kept = 4 * min(tokens * words, max(logprobs.KEEP, words * width))
     slices = 16 * min(tokens * words, logprobs.slice_on_gpu(memory))
     held = slices + 3 * tokens * width * size
-    return held + backward * (kept + words * width * size + 4 * tokens * width)
+    return held + backward * (kept + (not frozen) * words * width * size + 4 * tokens * width)
 
 
 def table_bytes(answers, prompt, response):
@@ -89,26 +91,31 @@ def shapes(asked):
     dtype, size = (torch.bfloat16, 2) if low else (torch.float32, 4)  # auto: GPUs are CUDA's
     # The weights that layers see: FSDP casts them; autocast does too, but keeps both.
     seen, held = (dtype, size) if asked.gpus > 1 else (torch.float32, 4)
-    training = imagined(asked.model, seen, dtype, asked.gradient_checkpointing)
+    training = imagined(asked.model, seen, dtype, asked.gradient_checkpointing, asked.lora)
     sampling, config = imagined(asked.model, dtype, dtype), training.config.get_text_config()
     length = asked.prompt_length + asked.response_length
     require_positions(config, length, asked.model)
-    policy, trunk = training.num_parameters(), training.base_model.num_parameters()
+    policy, trunk = sampling.num_parameters(), sampling.base_model.num_parameters()
     first, last = training.get_input_embeddings().weight, training.get_output_embeddings().weight
+    critic = 0 if asked.critic_free else trunk + last.shape[1] + 1
+    learns, frozen = policy + critic, 0
+    if asked.lora:  # the adapters of both, and the critic's head
+        adapters, head = sum(weight.numel() for weight in trained(training)), critic and critic - trunk
+        learns, frozen = adapters + bool(critic) * adapters + head, policy + critic - head
     kept = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     token = token_bytes(sampling) * -(-kept // together) / kept  # whole heads
     prompts, samples = asked.rollout_shape()
     here, updates = -(-prompts // asked.gpus), -(-prompts * samples // asked.mini_batch)
     updated = -(-prompts * samples // updates // asked.gpus)
     slots, share = min(asked.sample_rows, here * samples * together), 0
-    # One GPU in float32 samples from the policy itself.
-    copied = policy * size / together * (vllm or low or asked.gpus > 1)
+    # One GPU samples from the policy itself where that is in the right dtype.
+    copied = policy * size / together * (vllm or (low and not asked.lora) or asked.gpus > 1)
     if vllm:
         share = asked.vllm_memory * asked.gpu_memory * 1e9
         slots = min(slots, vllm_answers(share, copied, token, length))
     return SimpleNamespace(
         training=training, scoring=imagined(asked.model, seen, dtype), sampling=sampling,
-        policy=policy, critic=0 if asked.critic_free else trunk + last.shape[1] + 1,
+        policy=policy, critic=critic, learns=learns, frozen=frozen,
         layer=(trunk - first.numel()) // config.num_hidden_layers,
         embeddings=first.numel() + (0 if first is last else last.numel()),
         words=last.shape[0], width=last.shape[1], size=size, held=held, token=token,
@@ -122,9 +129,11 @@ def shapes(asked):
 
 def memory(asked):
     """{part: (bytes while sampling, while scoring, in the update)} of one GPU at its fullest.
-    Of n parameters on N GPUs: weights and gradients 4 n / N each, AdamW's moments 8 n / N."""
+    Of n parameters on N GPUs: weights and gradients 4 n / N each, AdamW's moments 8 n / N; of those
+    that --lora freezes, weights alone, and on one GPU in the dtype of the passes."""
     s, several, vllm = shapes(asked), asked.gpus > 1, asked.engine == "vllm"
-    weights = 4 * (s.policy + s.critic) / asked.gpus
+    learns, frozen = 4 * s.learns / asked.gpus, s.frozen * (4 if several else s.size) / asked.gpus
+    weights = learns + frozen
     columns = table_columns(asked.prompt_length, asked.response_length, s.answers > s.slots)
     waiting = s.read * asked.prompt_length * (1 if s.read == s.prompts else 2)  # and the next ones
     _, reading = activations(s.sampling, s.read, asked.prompt_length, backward=False)
@@ -136,19 +145,19 @@ def memory(asked):
     _, scoring = activations(s.scoring, *s.scored, backward=False)
     kept, peak = activations(s.training, *s.micro)
     how = (s.words, s.width, s.held, asked.gpu_memory * 1e9)
-    scored, trained = (logit_bytes(rows * min(length, asked.response_length), *how, backward)
-                       for (rows, length), backward in ((s.scored, False), (s.micro, True)))
+    scored, updated = (logit_bytes(rows * min(length, asked.response_length), *how, *more)
+                       for (rows, length), *more in ((s.scored, False), (s.micro, True, asked.lora)))
     # Whole weights: two layers, at work and on its way, and the embeddings; gradients, of one.
     gathered, more = (several * s.size * (n * s.layer + s.embeddings) for n in (2, 1))
     return {
         "weights": (weights, weights, weights),
-        "AdamW's moments": (2 * weights, 2 * weights, 2 * weights),
-        "gradients": (0, 0, weights),
+        "AdamW's moments": (2 * learns, 2 * learns, 2 * learns),
+        "gradients": (0, 0, learns),
         "copy that samples": (s.copied, s.copied, s.copied),
         "gathered weights": (0, gathered, gathered + more),
         "keys and values": tables,
         "activations": (0, 0, kept),
-        "logits, temporaries": (reading, max(scoring, scored), max(peak - kept, trained)),
+        "logits, temporaries": (reading, max(scoring, scored), max(peak - kept, updated)),
     }
 
 

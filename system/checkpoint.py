@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from system import distributed
+from system import distributed, lora
 from system.run import BadInput, require, write_json, written_whole
 
 KEEP = 2  # checkpoints of a run: the last one, and one to fall back on
@@ -87,7 +87,7 @@ def resume(run_dir, learners, generators):
     try:
         for name, learner in learners.items():
             own = {"state": {}, "param_groups": rest[f"{name}_groups"]}
-            for i, parameter in enumerate(learner.network.parameters()):
+            for i, parameter in enumerate(lora.trained(learner.network)):
                 if f"{name}_optimizer/{i}/step" in known:  # a new optimiser has none to be filled
                     moments = {m: torch.zeros_like(parameter) for m in ("exp_avg", "exp_avg_sq")}
                     own["state"][i] = {"step": torch.zeros(())} | moments
@@ -108,10 +108,10 @@ def resume(run_dir, learners, generators):
 
 
 def tensors_of(learners):
-    """Weights and optimiser states, a flat dict of each rank's own tensors: dcp.load fills them."""
+    """Weights that are trained and optimiser states, a flat dict of each rank's own tensors: dcp.load fills them."""
     tensors = {}
     for name, learner in learners.items():
-        weights = learner.network.state_dict()
+        weights = lora.trained_weights(learner.network)
         tensors |= {f"{name}/{key}": tensor for key, tensor in weights.items()}
         for i, state in learner.optimizer.state_dict()["state"].items():
             tensors |= {f"{name}_optimizer/{i}/{key}": tensor for key, tensor in state.items()}
@@ -200,7 +200,8 @@ def keep_bad_batch(run_dir, step, number, batch, metrics, in_a_row):
 
 def export(model, tokenizer, directory):
     """Rank 0 saves model and tokenizer as a directory, all or nothing. Raises: BadInput."""
-    directory, weights = Path(directory), distributed.unsharded_weights(model)
+    directory = Path(directory)
+    weights = lora.merged_weights(model) or distributed.unsharded_weights(model)
     beside = directory.with_name(directory.name + ".tmp")  # the new one and, in the end, the old
     with distributed.rank_0_first():  # the others may read it afterwards
         if distributed.rank():

@@ -6,6 +6,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LinearLR
 
+from system import lora
+
 
 class Learner:
     """A network that learns: with AdamW (no weight decay) and a schedule of its learning rate.
@@ -13,7 +15,8 @@ class Learner:
 
     def __init__(self, network, lr, max_grad_norm, schedule):
         self.network, self.max_grad_norm = network, max_grad_norm
-        self.optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=0.0, fused=True)
+        parameters = lora.trained(network)
+        self.optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.0, fused=True)
         self.scheduler = schedule(self.optimizer)
 
     @property

@@ -25,7 +25,7 @@ from transformers.modeling_layers import GenericForTokenClassification, Gradient
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from system import distributed
+from system import distributed, lora
 from system.run import BadInput, require, say_once
 
 # A GPU's memory falls into pieces with rows of all lengths, unless its segments can grow.
@@ -249,6 +249,8 @@ def shard(network, device, settings):
     """A loaded network ready to be trained: sharded, with gradient checkpointing if asked for."""
     wanted = getattr(settings, "gradient_checkpointing", False)  # evaluate.py has no such flag
     checkpoint_gradients(network, wanted)
+    heads = (value_head(network), getattr(network, "surprise", None))
+    lora.adapt(network, getattr(settings, "lora", 0), settings.seed, heads)
     bfloat16 = network.compute_dtype == torch.bfloat16
     return distributed.shard(network, device, bfloat16, value_head(network))
 
@@ -268,7 +270,8 @@ def checkpoint_gradients(network, wanted):
 def sampling_copy(policy):
     """The policy, to sample from: itself; or a copy with bfloat16 weights, which would otherwise be
     cast for every token; of a policy that is sharded, a copy with all weights on every GPU."""
-    if distributed.world() == 1 and policy.compute_dtype == torch.float32:
+    held = policy.get_input_embeddings().weight.dtype
+    if distributed.world() == 1 and held == policy.compute_dtype:
         return policy
     config, how = copy.deepcopy(policy.config), {"dtype": policy.compute_dtype}
     with torch.device("meta"):
@@ -297,7 +300,7 @@ def update_sampler(sampler, policy):
     if not isinstance(sampler, torch.nn.Module):  # vLLM
         sampler.update(policy)
     elif sampler is not policy:
-        for copied, parameter in zip(sampler.parameters(), policy.parameters()):
+        for copied, (_, parameter) in zip(sampler.parameters(), lora.merged(policy)):
             cast = parameter.to(copied.dtype)  # the smaller ones travel
             copied.copy_(distributed.unsharded(cast))
 
@@ -313,7 +316,8 @@ def eos_ids(policy, tokenizer):
 
 def fingerprint(policy, texts):
     """A hash of the texts and of one number of every weight (the first of rank 0's share)."""
-    own = (w.to_local() if isinstance(w, DTensor) else w for w in policy.parameters())
+    weights = (weight for name, weight in policy.named_parameters() if ".lora_" not in name)
+    own = (w.to_local() if isinstance(w, DTensor) else w for w in weights)
     firsts = torch.cat([weight.detach().flatten()[:1].float().cpu() for weight in own])
     digest = hashlib.sha256(firsts.numpy().tobytes() + json.dumps(texts).encode()).hexdigest()
     return distributed.from_rank_0(digest[:16])

@@ -114,6 +114,7 @@ class TrainingSettings(SamplingSettings):
     critic_surprise: bool = flag(False, "the critic also reads -log π of each token")
     compile: bool = flag(None, "torch.compile the loss and log-prob kernels; default: on cuda")
     micro_batch_tokens: int = flag(16384, "tokens of a pass, padded", AT_LEAST_1, may_change=True)
+    lora: int = flag(0, "rank of adapters; all else is frozen (needs peft); 0: none", NOT_NEGATIVE)
     gradient_checkpointing: bool = flag(False, "less memory, but more time", may_change=True)
     # fmt: on
 
@@ -121,6 +122,8 @@ class TrainingSettings(SamplingSettings):
         super().check()
         own = self.reward and (self.reward_correct, self.reward_wrong) != (1.0, 0.0)
         require(not own, "--reward has no use for --reward_correct and --reward_wrong")
+        there = not self.lora or importlib.util.find_spec("peft")
+        require(there, "--lora needs the package peft: pip install peft")
 
 
 def parse(settings_class, argv, description, defaults=None):
@@ -145,6 +148,9 @@ class Parser(HfArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):  # a line a flag
+    def start_section(self, heading):  # "options:" says nothing
+        super().start_section(None)
+
     def _format_action_invocation(self, action):
         name = action.option_strings[0].removeprefix("--")
         return f"--[no_]{name}" if action.default is True else f"--{name}"

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from system import distributed
+from system import distributed, lora
 from system.run import BadInput, require
 
 ENGINES = {}  # by what it was loaded for
@@ -84,8 +84,8 @@ class Engine:
 
         def weights():
             kept = policy.state_dict()
-            for name, parameter in policy.named_parameters():
-                yield name, distributed.unsharded(parameter.detach().to(policy.compute_dtype))
+            for name, parameter in lora.merged(policy):
+                yield name, distributed.unsharded(parameter.to(policy.compute_dtype))
             yield from ((name, buffer) for name, buffer in policy.named_buffers() if name in kept)
 
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights()})

@@ -231,7 +231,6 @@ QUICK = [
     ("train_vapo.py", "policy, micro, settings.temperature,", "policy, micro, 1.0,",
      "test_step.py"),
     ("train_vapo.py", "policy, rows, settings.temperature,", "policy, rows, 1.0,", "test_step.py"),
-    ("train_vapo.py", "clip = settings.value_clip or None", "clip = None", "test_step.py"),
     ("train_vapo.py", "limits = (settings.max_grad_norm,", "limits = (1e9,", "test_step.py"),
     ("train_vapo.py", "warmup(settings.warmup)", "warmup(0)", "test_step.py"),
     ("train_vapo.py", "Learner(policy, settings.lr,", "Learner(policy, settings.critic_lr,",
@@ -257,7 +256,6 @@ QUICK = [
 
     ("train_value.py", "model.critic_values(critic, micro, shift)",
      "model.critic_values(critic, micro)", "test_step.py"),
-    ("train_value.py", "old_value_BT, value_clip)", "old_value_BT, None)", "test_step.py"),
     ("train_value.py", 'losses.token_weights(mask_BT, "token")\n            loss =',
      'losses.token_weights(mask_BT, "sample")\n            loss =', "test_step.py"),
     ("train_value.py", "settings.max_grad_norm, schedule)", "1e9, schedule)", "test_step.py"),

@@ -287,7 +287,7 @@ def test_the_numbers_of_the_paper_are_the_defaults():
         "lr": 1e-6, "critic_lr": 2e-6, "alpha": 0.05, "lam_policy": 0.95, "lam_critic": 1.0,
         "eps_low": 0.2, "eps_high": 0.28, "mu": 0.1, "samples": 16, "reward_correct": 1.0,
         "reward_wrong": 0.0, "temperature": 1.0, "max_grad_norm": 1.0, "warmup": 10,
-        "value_clip": 0.0, "whiten": False, "is_clip": None, "eval_top_p": 1.0,
+        "whiten": False, "is_clip": None, "eval_top_p": 1.0,
     }  # fmt: skip
     assert {name: getattr(settings, name) for name in paper} == paper
     assert settings.rollout_shape() == (32, 16)
@@ -587,7 +587,7 @@ def test_a_perfect_critic_knows_the_rollout_before_and_its_run_resumes_exactly(
         return perfect(*how)
 
     monkeypatch.setattr(train_vapo.toy, "perfect_values", spy)
-    whole = two_rollouts(world, tmp_path, "--perfect_critic")
+    whole = two_rollouts(world, tmp_path, "--critic=truth")
     (none, first), _, (before, second), *_ = seen  # `score_critic` counts for itself each time
     assert none is None and torch.equal(before["token_BL"], first["token_BL"])
     assert not torch.equal(before["reward_B"], second["reward_B"])
@@ -599,8 +599,8 @@ def test_a_perfect_critic_needs_a_world_whose_truth_is_known(world, tmp_path, ca
     lines = (world / "train.jsonl").read_text()
     (tmp_path / "other.jsonl").write_text(lines)
     with pytest.raises(SystemExit) as error:
-        vapo_run(world, tmp_path / "run", "--perfect_critic", f"--train={tmp_path}/other.jsonl")
-    assert error.value.code == 2 and "the truth is not known here" in capsys.readouterr().err
+        vapo_run(world, tmp_path / "run", "--critic=truth", f"--train={tmp_path}/other.jsonl")
+    assert error.value.code == 2 and "truth: it is not known here" in capsys.readouterr().err
 
 
 def test_a_critic_that_reads_how_unlikely_tokens_were_learns_to_use_it(world, tmp_path):

@@ -19,7 +19,7 @@ import rollout
 import train_vapo
 from lab import dryrun, plan
 from lab.plan import Settings
-from system import loading, slots
+from system import loading, lora, slots
 from train_value import value_gradients
 
 SHAPES = {  # hidden, layers, heads, key-value heads, intermediate, words, tied
@@ -69,7 +69,7 @@ def built(asked):
     critic = loading.critic_class(config).from_config(config).eval()
     for network in (policy, critic):
         network.compute_dtype = loading.compute_dtype(asked.dtype, network.device)
-        loading.checkpoint_gradients(network, asked.gradient_checkpointing)
+        loading.shard(network, network.device, asked)
     return policy, critic
 
 
@@ -98,7 +98,8 @@ def measured_update(asked):
     gradients in place."""
     policy, critic = built(asked)
     batch, both = batch_of(asked), [*policy.parameters(), *critic.parameters()]
-    optimizer = torch.optim.AdamW(both, fused=True)
+    learns = [*lora.trained(policy), *lora.trained(critic)]
+    optimizer = torch.optim.AdamW(learns, fused=True)
 
     def gradients():
         value_gradients(critic, batch, asked)
@@ -109,7 +110,7 @@ def measured_update(asked):
     states = [state.items() for state in optimizer.state.values()]
     parts = {
         "weights": size(both),
-        "gradients": size(p.grad for p in both),
+        "gradients": size(p.grad for p in learns),
         "AdamW's moments": size(x for items in states for name, x in items if name != "step"),
     }
     kept, known = {}, {p.untyped_storage().data_ptr() for p in both}
@@ -124,7 +125,7 @@ def measured_update(asked):
             hidden_BTD = model.response_hidden(policy.base_model, batch)
     del hidden_BTD
     parts["activations"] = sum(kept.values())
-    with dryrun.Live([*both, *(p.grad for p in both), *batch.values()]) as live:
+    with dryrun.Live([*both, *(p.grad for p in learns), *batch.values()]) as live:
         gradients()
     return parts | {"most": live.peak}
 
@@ -134,14 +135,16 @@ def planned_update(asked):
     return parts | {"most": parts["activations"] + parts["logits, temporaries"]}
 
 
-def of_both(name, dtype, checkpointing, slow=True):
+def of_both(name, dtype, checkpointing, slow=True, rank=0):
     marks = [pytest.mark.slow] * slow
-    return pytest.param(name, dtype, checkpointing, marks=marks)
+    return pytest.param(name, dtype, checkpointing, rank, marks=marks)
 
 
 @pytest.mark.parametrize(
-    "name, dtype, checkpointing",
+    "name, dtype, checkpointing, rank",
     [
+        of_both("20M", "bfloat16", False, slow=False, rank=8),
+        of_both("26M", "float32", True, rank=4),
         of_both("20M", "float32", False, slow=False),
         of_both("26M", "bfloat16", True, slow=False),
         of_both("20M", "float32", True),
@@ -150,8 +153,8 @@ def of_both(name, dtype, checkpointing, slow=True):
         of_both("26M", "bfloat16", False),
     ],
 )
-def test_memory_of_a_real_update_is_what_was_planned(name, dtype, checkpointing, tmp_path):
-    asked = small_run(name, tmp_path, dtype, gradient_checkpointing=checkpointing)
+def test_memory_of_a_real_update_is_what_was_planned(name, dtype, checkpointing, rank, tmp_path):
+    asked = small_run(name, tmp_path, dtype, gradient_checkpointing=checkpointing, lora=rank)
     planned, measured = planned_update(asked), measured_update(asked)
     for part in ("weights", "gradients", "AdamW's moments"):
         assert planned[part] == measured[part]

@@ -16,7 +16,8 @@ CONFIG = {"preset": "vapo", "steps": 4, "reward_wrong": -1.0, "reward_correct": 
 EVIL = ["<script>", "window.ran = 1", "</script>", "<!--"]
 SAMPLES = [
     {"step": step, "problem": "c2", "answer": "z", "correct": step == 4, "finish": "stop",
-     "reward": 1.0 if step == 4 else -1.0, "response": "".join(tokens), "tokens": tokens, "values": [0.0, 0.5, 0.25, 0.0][: len(tokens)],
+     "reward": 1.0 if step == 4 else -1.0, "response": "".join(tokens),
+     "tokens": tokens, "values": [0.0, 0.5, 0.25, 0.0][: len(tokens)],
      "true": [0.5, 0.75, 1.0, 0.0][: len(tokens)]}
     for step, tokens in ((0, EVIL), (2, ["k", "2"]), (4, ["q", "1"]), (4, ["q", "1", "z", "<eos>"]))
 ]  # fmt: skip

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import train_value
 import train_vapo
-from system import distributed, learner, loading, metrics as step_metrics
+from system import distributed, learner, loading, lora, metrics as step_metrics
 
 
 def result(task):
@@ -29,6 +29,9 @@ def result(task):
     torch.nn.init.normal_(loading.value_head(critic).weight, std=0.1)
     networks = {"policy": policy, "critic": critic}
     networks = {name: loading.shard(n, device, settings) for name, n in networks.items()}
+    for name, parameter in [pair for n in networks.values() for pair in n.named_parameters()]:
+        if ".lora_B." in name:
+            parameter.data.fill_(0.05)
     policy, critic = networks.values()
     rows = dict(task["rows"])
     train_vapo.score(policy, critic, rows, settings)
@@ -42,10 +45,12 @@ def result(task):
     metrics, gradients = step_metrics.of_mini_batch(distributed.add_numbers(sums), batch), {}
     for name, network in networks.items():
         for key, parameter in network.named_parameters():
-            gradients[f"{name}.{key}"] = distributed.unsharded(parameter.grad).clone()
+            if parameter.requires_grad:
+                gradients[f"{name}.{key}"] = distributed.unsharded(parameter.grad).clone()
         clipped = SimpleNamespace(network=network, max_grad_norm=1.0)
         metrics[f"{name}_norm"] = learner.clip_gradients(clipped)
-    return {"rows": rows, "metrics": metrics, "gradients": gradients}
+    merged = lora.merged_weights(policy) or {}
+    return {"rows": rows, "metrics": metrics, "gradients": gradients, "merged": merged}
 
 
 if __name__ == "__main__":

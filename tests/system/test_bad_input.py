@@ -55,7 +55,7 @@ BAD_FLAGS = [
     (["--dynamic_sampling=-1"], "--dynamic_sampling must not be negative"),
     (["--dynamic_sampling"], "--dynamic_sampling"),  # how many batches at most?
     (["--preset=grpo", "--critic=nowhere"], "--critic_free has no use for --critic"),
-    (["--preset=grpo", "--perfect_critic"], "--critic_free has no use for --perfect_critic"),
+    (["--preset=grpo", "--critic=truth"], "--critic_free has no use for --critic"),
     (["--preset=grpo", "--no_decoupled_gae"], "no use for --no_decoupled_gae"),
     (["--preset=dapo", "--whiten"], "no use for --whiten"),
     (["--overlong=2"], "--overlong must be between 0 and 1"),

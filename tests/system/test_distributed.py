@@ -84,6 +84,7 @@ def test_gradients_are_those_of_one_process_whatever_the_split(world, tmp_path, 
     tasks = [(base, rows, {"micro_batch_tokens": 60}), (base, ragged, {"micro_batch_tokens": 100}),
              (base, few, {"micro_batch_tokens": 10_000}),
              (base, rows, {"micro_batch_tokens": 100} | other),
+             (base, rows, {"micro_batch_tokens": 100, "lora": 2}),
              (base, rows, {"micro_batch_tokens": 100, "dtype": "bfloat16"})]  # fmt: skip
     torch.manual_seed(0)
     ends = {"vocab_size": policy.config.vocab_size, "bos_token_id": None, "pad_token_id": None,
@@ -117,6 +118,10 @@ def test_gradients_are_those_of_one_process_whatever_the_split(world, tmp_path, 
         for name, number in expected["metrics"].items():
             near = pytest.approx(number, rel=1e-4, abs=1e-5)
             assert name == "padding" or got["metrics"][name] == near, name
+        assert bool(expected["merged"]) == ("lora" in task["settings"])
+        for name, weight in expected["merged"].items():
+            torch.testing.assert_close(got["merged"][name], weight)
+        assert got["gradients"].keys() == expected["gradients"].keys()
         for name, gradient in expected["gradients"].items():
             near = {"rtol": 0, "atol": 2e-6 * max(1, gradient.abs().max().item())}
             torch.testing.assert_close(got["gradients"][name], gradient, **near)
