@@ -5,7 +5,8 @@
     python -m lab.bench --model DIR --train FILE   # and any other flag of train_vapo.py
 
 Both sides have the same inputs, in one process, and take turns. A line has the median speed of each
-and how many times as fast ours is: the median of the turns' ratios, their lowest and highest.
+and how many times as fast ours is: the median of the turns' ratios, their lowest and highest. Then
+come the update's memory beside the plan's, and what share of the device's limits is reached.
 """
 
 import time
@@ -22,6 +23,7 @@ import rollout
 import table
 import toy
 import train_vapo
+from lab import plan
 from lab.dryrun import Live
 from system import loading, run, settings
 from system.settings import flag
@@ -138,8 +140,28 @@ def bench_update(asked, generator):
     _, *inputs = scored(asked, generator)
     ours = partial(update, *inputs)
     theirs = partial(ours, plain=True)
-    held = f"{peak_gigabytes(ours):.2f} and {peak_gigabytes(theirs):.2f} GB"
+    parts = plan.memory(asked).items()
+    planned = (
+        sum(n for name, (*_, n) in parts if name.startswith(("grad", "activ", "logits"))) / 1e9
+    )
+    held = f"{peak_gigabytes(ours):.2f} of {planned:.2f} GB planned, {peak_gigabytes(theirs):.2f}"
     return f"update, {held}", "16 rows, whole logits", ours, theirs
+
+
+def of_the_limit(asked, speeds, device):
+    """What share of a device's limit (a copy; a product of bfloat16 matrices) decoding and updates
+    reach. Bytes a token: weights / slots + keys and values of (P + T/2). Operations a token: 6 for
+    each parameter of policy and critic, 8 with checkpointing; without attention's, and prompts'."""
+    s, size = plan.shapes(asked), 2 ** (13 if device.type == "cuda" else 10)
+    full = torch.zeros(size, size, device=device)
+    half = full.bfloat16()
+    copied, product = (min(seconds(function, device)[0] for _ in range(5))
+                       for function in (full.clone, partial(torch.mm, half, half)))  # fmt: skip
+    kept = s.token * (asked.prompt_length + asked.response_length / 2)
+    moved = speeds["sampling"] * (s.policy * s.size / s.slots + kept)
+    work = speeds["update"] * (6 + 2 * asked.gradient_checkpointing) * (s.policy + s.critic)
+    return {"decoding, of the device's bytes a second": moved * copied / (2 * full.nbytes),
+            "update, of its operations a second": work * product / (2 * size**3)}  # fmt: skip
 
 
 # fmt: off
@@ -148,7 +170,7 @@ PARTS = {"gae": bench_gae, "sampling": partial(bench_sampling, "hf"),
 
 
 @dataclass(frozen=True)
-class Settings(train_vapo.Settings):
+class Settings(plan.Settings):
     parts: list[str] = flag(list(PARTS)[:-1], "which", (
         f"must be of {', '.join(PARTS)}", lambda parts: set(parts) <= set(PARTS)))
     repeats: int = flag(5, "turns of each side", settings.AT_LEAST_1)
@@ -163,15 +185,18 @@ def main(argv=None):
     if set(asked.parts) - {"gae"}:
         defaults |= toy.defaults("train_vapo", asked.model)
         asked = settings.parse(Settings, argv, __doc__, defaults)
-    asked.check()
+    train_vapo.Settings.check(asked)
     device = run.pick_device(asked.device)
     on, lines = run.describe(device) | {"model": asked.model}, []
     print("bench: " + ", ".join(f"{name} {value}" for name, value in on.items()))
     for part in map(PARTS.get, asked.parts):
         generator = run.seeded_generator(0, "bench", device)
         lines.append(side_by_side(*part(asked, generator), asked.repeats, device))
+    speeds = {line["part"].partition(",")[0]: line["ours"] for line in lines}
+    shares = of_the_limit(asked, speeds, device) if {"sampling", "update"} <= speeds.keys() else {}
+    print("".join(f"{name}: {share:.1%}\n" for name, share in shares.items()), end="")
     if asked.json:
-        run.write_json(asked.json, {"on": on, "lines": lines})
+        run.write_json(asked.json, {"on": on, "lines": lines, "shares": shares})
     return lines
 
 

@@ -25,10 +25,6 @@ from system.settings import AT_LEAST_1, POSITIVE, flag
 from system.slots import FIRST_COLUMNS
 
 # fmt: off
-LESS = {  # flags with which a phase needs less memory
-    "sampling": "a lower --sample_rows", "scoring": "a lower --micro_batch_tokens",
-    "update": "--gradient_checkpointing, a lower --micro_batch_tokens"}
-
 
 @dataclass(frozen=True)
 class Settings(train_vapo.Settings):
@@ -59,14 +55,14 @@ def table_columns(prompt, response, several_waves):
     return columns
 
 
-def logit_bytes(tokens, words, width, size, memory, backward, frozen=False):
+def logit_bytes(tokens, words, width, size, memory, backward):
     """`logprobs.py` over N tokens: four slices and three copies of the hidden states; backward, the
-    logits it keeps, and the gradients of the output matrix, unless it is frozen, and hidden states.
+    logits it keeps, and the gradients of output matrix and hidden states.
     16 min(N V, slice_on_gpu) + 3 N D size [+ 4 min(N V, max(KEEP, V D)) + V D size + 4 N D]"""
     kept = 4 * min(tokens * words, max(logprobs.KEEP, words * width))
     slices = 16 * min(tokens * words, logprobs.slice_on_gpu(memory))
     held = slices + 3 * tokens * width * size
-    return held + backward * (kept + (not frozen) * words * width * size + 4 * tokens * width)
+    return held + backward * (kept + words * width * size + 4 * tokens * width)
 
 
 def table_bytes(answers, prompt, response):
@@ -100,8 +96,9 @@ def shapes(asked):
     critic = 0 if asked.critic_free else trunk + last.shape[1] + 1
     learns, frozen = policy + critic, 0
     if asked.lora:  # the adapters of both, and the critic's head
-        adapters, head = sum(weight.numel() for weight in trained(training)), critic and critic - trunk
-        learns, frozen = adapters + bool(critic) * adapters + head, policy + critic - head
+        adapters, networks = sum(weight.numel() for weight in trained(training)), 1 + bool(critic)
+        frozen = policy + bool(critic) * trunk
+        learns = networks * adapters + policy + critic - frozen
     kept = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     token = token_bytes(sampling) * -(-kept // together) / kept  # whole heads
     prompts, samples = asked.rollout_shape()
@@ -114,7 +111,8 @@ def shapes(asked):
         share = asked.vllm_memory * asked.gpu_memory * 1e9
         slots = min(slots, vllm_answers(share, copied, token, length))
     return SimpleNamespace(
-        training=training, scoring=imagined(asked.model, seen, dtype), sampling=sampling,
+        training=training, sampling=sampling,
+        scoring=imagined(asked.model, seen, dtype, False, asked.lora),
         policy=policy, critic=critic, learns=learns, frozen=frozen,
         layer=(trunk - first.numel()) // config.num_hidden_layers,
         embeddings=first.numel() + (0 if first is last else last.numel()),
@@ -145,8 +143,9 @@ def memory(asked):
     _, scoring = activations(s.scoring, *s.scored, backward=False)
     kept, peak = activations(s.training, *s.micro)
     how = (s.words, s.width, s.held, asked.gpu_memory * 1e9)
-    scored, updated = (logit_bytes(rows * min(length, asked.response_length), *how, *more)
-                       for (rows, length), *more in ((s.scored, False), (s.micro, True, asked.lora)))
+    scored, updated = (logit_bytes(rows * min(length, asked.response_length), *how, backward)
+                       for (rows, length), backward in ((s.scored, False), (s.micro, True)))
+    updated -= bool(s.frozen) * s.words * s.width * s.held  # a frozen matrix has no gradient
     # Whole weights: two layers, at work and on its way, and the embeddings; gradients, of one.
     gathered, more = (several * s.size * (n * s.layer + s.embeddings) for n in (2, 1))
     return {
@@ -181,9 +180,8 @@ def report(asked):
     if not s.slots:
         print(f"--vllm_memory has no room beside its weights for one answer of {s.length:,} tokens")
     if max(full) > limit:
-        phase, less = list(LESS.items())[full.index(max(full))]
-        less = f"{less}, --engine vllm --tensor_parallel N, more --gpus"
-        print(f"fullest: {phase}; less memory with {less}")
+        print("less memory: --gradient_checkpointing, fewer --sample_rows or --micro_batch_tokens,")
+        print("--engine vllm --tensor_parallel N, --lora RANK, more --gpus")
     print(f"assumed: prompts of {asked.prompt_length:,} tokens; no fragments of memory")
     fits = max(full) <= limit and s.slots > 0
     return {"gigabytes": tuple(number / 1e9 for number in full), "fits": fits}

@@ -2,6 +2,7 @@
 
 settings.py      flags: a dataclass a script, its range and help beside each
 run.py           a run directory, signals, one clear line when it fails
+lora.py          low-rank adapters (optional): what is trained, what leaves
 learner.py       one optimiser step: clip, step or skip, schedule
 metrics.py       numbers of optimiser steps, summed and averaged
 checkpoint.py    save and resume, all or nothing; models as Hugging Face directories

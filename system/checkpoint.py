@@ -108,7 +108,7 @@ def resume(run_dir, learners, generators):
 
 
 def tensors_of(learners):
-    """Weights that are trained and optimiser states, a flat dict of each rank's own tensors: dcp.load fills them."""
+    """Trained weights and optimiser states, a flat dict of each rank's own: dcp.load fills them."""
     tensors = {}
     for name, learner in learners.items():
         weights = lora.trained_weights(learner.network)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,7 +41,23 @@ def test_sampling_and_update_in_a_small_world(world):
     sampling, update = bench.main([*flags, "--parts", "sampling", "update"])
     assert sampling["against"] == "--engine hf" and update["against"] == "16 rows, whole logits"
     assert all(line["unit"] == "tok/s" and line["ratio"] > 0 for line in (sampling, update))
-    assert re.fullmatch(r"update, 0\.00 and 0\.00 GB", update["part"])
+    assert re.fullmatch(r"update, 0\.00 of 0\.00 GB planned, 0\.00", update["part"])
+
+
+def test_the_share_of_the_devices_limit_by_hand(monkeypatch):
+    """4 slots, weights of 8,000 bytes, 10 bytes of keys and values a token, prompts of 6, answers
+    of 8: 2,000 + 10 · (6 + 4) = 2,100 bytes a token, and 6 · (4,000 + 3,000) operations. A copy of
+    1024² numbers of 4 bytes, 8 MiB in and out, takes 8 s: 1 MiB a second; the product of 2 · 1024³
+    operations too: 2^28 a second."""
+    shape = {"policy": 4000, "critic": 3000, "size": 2, "slots": 4, "token": 10}
+    monkeypatch.setattr(bench.plan, "shapes", lambda asked: SimpleNamespace(**shape))
+    monkeypatch.setattr(bench, "seconds", lambda function, device: (8.0, None))
+    own = {"prompt_length": 6, "response_length": 8}
+    for more, factor in (({}, 6), ({"gradient_checkpointing": True}, 8)):
+        how = (bench.Settings(**own, **more), {"sampling": 50.0, "update": 30.0})
+        shares = bench.of_the_limit(*how, torch.device("cpu"))
+        expected = [50 * 2100 / 2**20, 30 * factor * 7000 / 2**28]
+        assert list(shares.values()) == pytest.approx(expected)
 
 
 def test_both_sides_of_the_update_make_the_same_gradients(world, monkeypatch):
@@ -48,7 +65,7 @@ def test_both_sides_of_the_update_make_the_same_gradients(world, monkeypatch):
     asked = settings.parse(train_vapo.Settings, [*flags, "--device=cpu"], "")
     _, policy, critic, rows, _ = bench.scored(asked, seeded_generator(0, "test"))
     shape = plan.shapes(settings.parse(plan.Settings, [*flags, "--device=cpu"], ""))
-    assert critic.num_parameters() == shape.critic  # what first_day holds against the plan
+    assert critic.num_parameters() == shape.critic
     found = []
     for network in (policy, critic):  # `update` throws the gradients away by zero_grad
         monkeypatch.setattr(network, "zero_grad", lambda network=network: found.append(
