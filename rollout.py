@@ -22,13 +22,11 @@ from system import distributed, loading, reward
 from system.equality import equal
 from system.generate import sample_with_generate
 from system.math_equality import MathEquality
-from system.run import BadInput, say_once
+from system.run import BadInput
 from system.slots import draw, sample_in_slots
 from verifier import verify
 
 SCORED_TOKENS = 16384  # of a forward pass, where `generate` has no log-probs to give
-# Nats a token: float32 rounds by 1e-6, bfloat16 made 0.04 of SmolLM2's.
-SMALL_GAP, LARGE_GAP = 1e-3, 0.2
 
 
 def verifier_of(settings):
@@ -172,13 +170,3 @@ def judge(rows, tokenizer, problems, verify=verify, settings=None):
     found_2B[:, mine] = torch.tensor(found, dtype=torch.float).reshape(-1, 2).T
     rows["reward_B"], right_B = distributed.add_up(found_2B)
     rows["correct_B"] = right_B.bool()
-
-
-def warn_of_gap(step, numbers):
-    """Says that the policy loss is corrected, and where a gap is more than rounding."""
-    if numbers["importance"] != 1:
-        said = "the sampler's log-probs are not quite the training's (sampler_gap): the policy loss"
-        say_once(f"note: {said} is corrected by importance weights, see --is_clip")
-    if (gap := numbers["sampler_gap"]) > LARGE_GAP:
-        said = "was sampled from another distribution than is trained: sampler_gap"
-        tqdm.write(f"warning: rollout {step} {said} {gap:.2f}")

@@ -37,7 +37,7 @@ import model
 import rollout
 import table
 import toy
-from system import checkpoint, distributed, loading, metrics, run, settings as flags
+from system import checkpoint, distributed, health, loading, metrics, run, settings as flags
 from system.learner import Learner, step_or_skip, warmup
 from system.run import require, seeded_generator, timed
 from system.settings import AT_LEAST_1, INSIDE_SHARE, NOT_NEGATIVE, POSITIVE, SHARE, flag
@@ -156,7 +156,7 @@ def advantages(rows, settings):
     """Adds importance_BT and adv_BT and, with a critic, lam_B and target_BT to a scored rollout."""
     mask_BT, old_logp_BT = table.response_mask(rows), rows["old_logp_BT"]
     if (cap := settings.is_clip) is None:  # by need: more than float32's rounding
-        cap = 2.0 * (table.sampler_gap(rows).item() > rollout.SMALL_GAP)
+        cap = 2.0 * (table.sampler_gap(rows).item() > health.SMALL_GAP)
     weight_BT = losses.importance_weight(old_logp_BT, rows["sampled_logp_BT"], cap or None)
     rows["importance_BT"] = weight_BT * mask_BT
     if settings.critic_free:  # arXiv 2402.03300 §4.1
@@ -269,12 +269,12 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems)
 
         progress |= {"step": step, "sampled": progress["sampled"] + drawn["answers"]}
         numbers = table.rollout_metrics(rows) | drawn | {"answers": progress["sampled"]}
-        rollout.warn_of_gap(step, numbers)
         if world and not settings.critic_free:  # the truth is known there
             numbers |= toy.score_critic(world, problems, tokenizer, rows, rows["old_value_BT"])
         numbers |= metrics.means(updates) | metrics.speeds(seconds, rows)
         numbers["gradient_steps"] = learners["policy"].steps
         bar.set_postfix(accuracy=f"{numbers['accuracy']:.2f}", length=f"{numbers['length']:.0f}")
+        health.watch(step, numbers, progress)
         last = step == settings.steps
         if last or (settings.eval_every and step % settings.eval_every == 0):
             progress["after"], measured = evaluate.evaluate_in_run(step, *testing)
@@ -286,6 +286,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems)
         if stop and not last:  # never before the save
             stop_if_asked(step, settings, run_dir)
     log.close()
+    health.summary(progress)
     return progress["before"], progress["after"]
 
 

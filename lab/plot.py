@@ -20,10 +20,18 @@ from system.settings import flag
 PANELS = {  # title: {metric: style}
     "accuracy: held-out (line), training (dots)": {"test_accuracy": "o-", "accuracy": "."},
     "response length: held-out (line), training (dots)": {"test_length": "o-", "length": "."},
+    "truncated share of the answers": {"truncated": "-"},
     "entropy of the policy (nats per token)": {"entropy": "-"},
-    "explained variance of the critic": {"explained_variance": "-"},
+    "explained variance (line), the best possible (dots)": {
+        "explained_variance": "-", "best_explained_variance": "."},
     "V at the first (line) and last token (dots)": {"value_first": "-", "value_last": "."},
-    "λ_policy, mean over answers": {"lambda": "-"}}
+    "λ_policy, mean over answers": {"lambda": "-"},
+    "gradient norm: policy (line), critic (dots)": {
+        "policy_grad_norm": "-", "critic_grad_norm": "."},
+    "largest ratio": {"ratio_max": "-"},
+    "tokens clipped: above (line), below (dots)": {"clip_high": "-", "clip_low": "."},
+    "KL within a rollout (nats per token)": {"approx_kl": "-"},
+    "sampler gap (nats per token)": {"sampler_gap": "-"}}
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ def main(argv=None):
             curves[title].append((curve(logged, name), f"C{i}{style}", shown))
     path = asked.out or str(Path(asked.runs[0]) / "curves.png")
     panels = [(title, "rollouts", partial(draw_curves, drawn)) for title, drawn in curves.items()]
-    draw(path, (13, 6.5), panels, rows=2)
+    draw(path, (17, 9), panels, rows=3)
     print(path)
     return path
 

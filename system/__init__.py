@@ -5,6 +5,7 @@ run.py           a run directory, signals, one clear line when it fails
 lora.py          low-rank adapters (optional): what is trained, what leaves
 learner.py       one optimiser step: clip, step or skip, schedule
 metrics.py       numbers of optimiser steps, summed and averaged
+health.py        rules over a run's metrics: what is wrong, since when, what to try
 checkpoint.py    save and resume, all or nothing; models as Hugging Face directories
 distributed.py   more than one process: torchrun, FSDP2, who does what
 loading.py       policies, critics and tokenizers from directories and hub names

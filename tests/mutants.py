@@ -210,9 +210,9 @@ QUICK = [
      "test_step.py"),
     ("train_vapo.py", "(ppo + mu * nll)", "(ppo + nll)", "test_step.py"),
     ("train_vapo.py", '(loss_BT * micro["importance_BT"]).sum()', "loss_BT.sum()", "test_step.py"),
-    ("train_vapo.py", "2.0 * (table.sampler_gap(rows).item() > rollout.SMALL_GAP)", "2.0",
+    ("train_vapo.py", "2.0 * (table.sampler_gap(rows).item() > health.SMALL_GAP)", "2.0",
      "test_step.py"),
-    ("train_vapo.py", "2.0 * (table.sampler_gap(rows).item() > rollout.SMALL_GAP)", "0.0",
+    ("train_vapo.py", "2.0 * (table.sampler_gap(rows).item() > health.SMALL_GAP)", "0.0",
      "test_step.py"),
     ("train_vapo.py", 'mask_BT * batch["stop_B"][:, None] if', "mask_BT if",
      "test_vapo.py::test_masked_truncated_answers_have_no_weight_for_the_policy_and_all_for_the_"

@@ -1,6 +1,8 @@
 """problems.py and files.py: the files and fields in use, prompts, and what is refused."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -175,3 +177,39 @@ def test_what_the_prompt_asks_for_is_what_the_verifier_reads():
     template = SamplingSettings().prompt_template
     assert "last line of your response should be of the form Answer: $Answer" in template
     assert verify("so it is\nAnswer: $34$", "34") and verify("so it is\nAnswer: 34", "34")
+
+
+def script(words):
+    """The script in docs/models.md that has these words."""
+    text = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+    (found,) = [part for part in re.findall(r"```python\n(.*?)```", text, re.S) if words in part]
+    assert len(found.splitlines()) <= 11
+    return found
+
+
+def loaded(path):
+    return without_where(files.load_problems(path))
+
+
+def test_the_scripts_that_make_problem_files_of_common_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "questions.csv").write_text('\ufeffQuestion,Final answer,Source\n"1, 2?",3,a\n')
+    exec(script("questions.csv"), {})
+    assert loaded("train.jsonl") == [{"problem": "1, 2?", "answer": "3"}]
+    assert files.load_problems("train.jsonl")[0]["columns"]["source"] == "a"
+
+    ask = {"role": "user", "content": "2 + 3?"}
+    chats = [[ask, {"role": "assistant", "content": text}] for text in (r"So \boxed{5}.", "Five.")]
+    lines = [json.dumps({"messages": chat}) + "\n" for chat in chats]
+    (tmp_path / "chats.jsonl").write_text("".join(lines))
+    exec(script("chats.jsonl"), {})
+    assert loaded("train.jsonl") == [{"problem": "2 + 3?", "answer": "5", "messages": [ask]}]
+
+    datasets = pytest.importorskip("datasets")
+    rows = [{"question": f"{i}?", "final": str(i), "level": i % 5} for i in range(25)]
+    datasets.Dataset.from_list(rows).to_parquet("questions.parquet")
+    exec(script("questions.parquet"), {})
+    train, test = loaded("train.jsonl"), loaded("test.jsonl")
+    assert len(train) == 9 and len(test) == 1
+    assert all(row["problem"] == row["answer"] + "?" for row in train + test)
+    assert {int(row["answer"]) % 5 for row in train + test} == {3, 4}

@@ -450,7 +450,7 @@ def test_a_sampler_that_is_not_the_policy_is_reported(world, tmp_path, monkeypat
 
     monkeypatch.setattr(rollout, "sample", another)
     vapo_run(world, tmp_path, *FAST)
-    said = "warning: rollout 1 was sampled from another distribution than is trained: sampler_gap"
+    said = "warning: the sampler draws from another distribution than is trained, since rollout 1"
     assert said in capsys.readouterr().out
 
 
