@@ -3,7 +3,7 @@
     python -m lab.plot runs/NAME                                  # writes runs/NAME/curves.png
     python -m lab.plot runs/A runs/B --out both.png
 
-A run is the list of its lines; a curve is [(step, number)].
+A run is a table, a row a line of metrics.jsonl.
 """
 
 import sys
@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from system import run, settings
-from system.jobs import lines_of
 from system.settings import flag
 
 # fmt: off
@@ -41,21 +40,19 @@ class Settings(settings.Settings):
 # fmt: on
 
 
-def curve(lines, name):
-    """[(step, number)] of a metric, where it was logged."""
-    return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-
-
 def need(*packages):
     """Raises: BadInput if one is not installed."""
     missing = " ".join(name for name in packages if find_spec(name) is None)
     run.require(not missing, f"tables and pictures need {missing}: pip install {missing}")
 
 
-def draw_curves(curves, axis):
-    """Draws curves (points, matplotlib's format, label)."""
-    for points, style, label in curves:
-        axis.plot(*(zip(*points) if points else [(), ()]), style, label=label, markersize=4)
+def curves(runs, metrics, axis):
+    """Draws metrics {name: matplotlib's format} of runs {directory: table}, a colour a run."""
+    for i, (directory, log) in enumerate(runs.items()):
+        for name, style in metrics.items():
+            points = log.reindex(columns=["step", name]).dropna()
+            label = directory.name if "-" in style else None
+            axis.plot(*points.to_numpy().T, f"C{i}{style}", label=label, markersize=4)
 
 
 def draw(path, size, panels, rows=1):
@@ -81,18 +78,17 @@ def main(argv=None):
     positional = argv and not argv[0].startswith("-")
     asked = settings.parse(Settings, ["--runs", *argv] if positional else argv, __doc__)
     run.require(bool(asked.runs), "give a run directory: python -m lab.plot runs/NAME")
-    need("matplotlib")
-    curves = {title: [] for title in PANELS}
-    for i, directory in enumerate(asked.runs):
+    need("pandas", "matplotlib")
+    import pandas
+
+    runs = {}
+    for directory in map(Path, asked.runs):
         try:
-            logged = lines_of(Path(directory) / "metrics.jsonl")
+            runs[directory] = pandas.read_json(directory / "metrics.jsonl", lines=True)
         except (OSError, ValueError) as error:
             raise run.BadInput(f"cannot read the metrics of {directory}: {error}") from None
-        for title, name, style in ((t, *pair) for t, m in PANELS.items() for pair in m.items()):
-            shown = Path(directory).name if "-" in style else None
-            curves[title].append((curve(logged, name), f"C{i}{style}", shown))
     path = asked.out or str(Path(asked.runs[0]) / "curves.png")
-    panels = [(title, "rollouts", partial(draw_curves, drawn)) for title, drawn in curves.items()]
+    panels = [(title, "rollouts", partial(curves, runs, names)) for title, names in PANELS.items()]
     draw(path, (17, 9), panels, rows=3)
     print(path)
     return path

@@ -22,8 +22,8 @@ RULES = {
     "training accuracy is below half of its best": (
         lambda n, best: n["accuracy"] < 0.5 * best,
         "go back to an earlier checkpoint with a lower --lr"),
-    "the update moves the policy far: the clip removes more than 5% of the tokens": (
-        lambda n, best: n["clip_low"] + n["clip_high"] > 0.05,
+    "the policy moves far within a rollout: approx_kl is above 0.02": (
+        lambda n, best: n["approx_kl"] > 0.02,
         "lower --lr, or raise --warmup"),
     "the critic is worse than a constant": (
         lambda n, best: n.get("explained_variance", 0) < -0.25,

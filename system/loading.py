@@ -270,7 +270,7 @@ def checkpoint_gradients(network, wanted):
 def sampling_copy(policy):
     """The policy, to sample from: itself; or a copy with bfloat16 weights, which would otherwise be
     cast for every token; of a policy that is sharded, a copy with all weights on every GPU."""
-    held = policy.get_input_embeddings().weight.dtype
+    held = next(policy.parameters()).dtype  # bfloat16 already where --lora has frozen them
     if distributed.world() == 1 and held == policy.compute_dtype:
         return policy
     config, how = copy.deepcopy(policy.config), {"dtype": policy.compute_dtype}

@@ -60,6 +60,9 @@ EFFECTS = "lab/test_effects.py"
 PRESETS = "test_vapo.py::test_each_preset_as_a_line_of_literals"
 EVALUATED = "test_evaluate.py::test_temperature_and_top_p_of_evaluations_are_their_own"
 OBJECTIVE = "test_value.py::test_value_looks_before_every_token_and_reward_after_the_last"
+ADAPTERS = "system/test_lora.py::" + (
+    "test_at_first_the_model_is_what_it_was_and_equal_seeds_are_equal_adapters"
+)
 BEST = "test_value.py::test_it_stops_when_the_held_out_loss_rises_and_keeps_the_best_pass"
 ONE_LINE = (
     "test_verifier.py::test_of_equal_statements_on_a_line_the_last_is_taken_and_many_are_none"
@@ -289,6 +292,20 @@ QUICK = [
      "test_rollout.py::test_a_truncated_answer_is_never_right"),
     ("rollout.py", "(high if right else low)", "float(right)",
      "test_rollout.py::test_a_truncated_answer_is_never_right"),
+    # adapters: the wrong weights leave, a head that does not learn, other adapters each time
+    ("system/lora.py", "weight = weight + network", "weight = weight - network",
+     "system/test_lora.py::test_the_weights_by_hand"),
+    ("system/lora.py", "lora_alpha=2 * rank", "lora_alpha=rank", ADAPTERS),
+    ("system/lora.py", "torch.manual_seed(seed)", "pass", ADAPTERS),
+    ("system/lora.py", "head.requires_grad_()", "pass",
+     "system/test_lora.py::test_merged_and_unmerged_agree_and_only_adapters_and_heads_learn"),
+    ("system/lora.py", "parameter.data.to(network.compute_dtype)", "parameter.data",
+     "system/test_lora.py::test_the_sampling_copy_is_merged_and_one_process_in_bfloat16_needs_none"),
+    # a rule that is said at every rollout, or forgets the best
+    ("system/health.py", "if wrong not in since and", "if",
+     "system/test_health.py::test_a_rule_is_said_once_and_again_in_the_end"),
+    ("system/health.py", 'max(best, numbers["accuracy"])', 'numbers["accuracy"]',
+     "system/test_health.py::test_each_rule_by_hand"),
     # a reward of one's own: the verdict taken from its sign, no number, a clock that runs on
     ("rollout.py", 'verify(text, problem["answer"]) if correct is None else correct',
      "number > 0 if number is not None else verify(text, problem['answer'])",

@@ -9,7 +9,7 @@ from system import health
 from system.jobs import lines_of
 
 RUNS = Path(__file__).parent.parent.parent / "results" / "health"
-WELL = {"bad_steps": 0, "truncated": 0.5, "accuracy": 0.4, "clip_low": 0.02, "clip_high": 0.03,
+WELL = {"bad_steps": 0, "truncated": 0.5, "accuracy": 0.4, "approx_kl": 0.02,
         "explained_variance": -0.25, "value_first": 0.7, "reward": 0.4, "sampler_gap": 1e-3,
         "importance": 1.0}  # fmt: skip
 SKIPPED, CUT, FELL, FAR, CRITIC, FIRST, UNCORRECTED, OTHER = health.RULES
@@ -25,7 +25,7 @@ def broken(lines):
 
 @pytest.mark.parametrize("changed, rule", [
     ({"bad_steps": 1}, SKIPPED), ({"truncated": 0.51}, CUT), ({"accuracy": 0.39}, FELL),
-    ({"clip_high": 0.031}, FAR), ({"explained_variance": -0.26}, CRITIC),
+    ({"approx_kl": 0.021}, FAR), ({"explained_variance": -0.26}, CRITIC),
     ({"value_first": 0.71}, FIRST), ({"value_first": 0.09}, FIRST),
     ({"sampler_gap": 0.002}, UNCORRECTED), ({"sampler_gap": 0.21, "importance": 1.01}, OTHER),
 ], ids=str)  # fmt: skip

@@ -74,9 +74,11 @@ def test_at_first_the_model_is_what_it_was_and_equal_seeds_are_equal_adapters(wo
     with torch.no_grad():
         before = loading.load_policy(str(world / "base"), cpu)(token_BL).logits
         for settings in (SETTINGS, SETTINGS, train_vapo.Settings(lora=2, seed=4)):
-            torch.randn(1)  # what was drawn before does not matter
+            torch.rand(1)  # what was drawn before does not matter
             policy = loading.shard(loading.load_policy(str(world / "base"), cpu), cpu, settings)
             assert torch.equal(policy(token_BL).logits, before)
+            scales = [getattr(module, "scaling", None) for module in policy.modules()]
+            assert [s["default"] for s in scales if isinstance(s, dict)] == 7 * [2.0]  # α / r
             drawn.append(torch.cat([w.flatten() for w in lora.trained(policy)]))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
