@@ -28,9 +28,9 @@ RULES = {
     "the critic is worse than a constant": (
         lambda n, best: n.get("explained_variance", 0) < -0.25,
         "pretrain it for longer, or lower --critic_lr"),
-    "V before the first token is far from the mean reward": (
-        lambda n, best: abs(n.get("value_first", n["reward"]) - n["reward"]) > 0.3,
-        "pretrain the critic (piece 1), on answers of this policy"),
+    "the critic explains less than 5% of its first rollout": (
+        lambda n, best: n["step"] == 1 and n.get("explained_variance", 1) < 0.05,
+        "pretrain it (piece 1), for longer or with a higher --pretrain_lr"),
     "the sampler is not the policy, and nothing corrects for that": (
         lambda n, best: n["sampler_gap"] > SMALL_GAP and n["importance"] == 1,
         "leave --is_clip out"),
@@ -45,7 +45,7 @@ def watch(step, numbers, progress):
     goes into the checkpoint, the first rollout of each, and the best training accuracy."""
     since, best = progress.setdefault("health", {}), progress.get("best_accuracy", 0.0)
     for wrong, (is_broken, _) in RULES.items():
-        if wrong not in since and is_broken(numbers, best):
+        if wrong not in since and is_broken(numbers | {"step": step}, best):
             since[wrong] = step
             tqdm.write(f"warning: {told(wrong, step)}")
     if numbers["importance"] != 1:

@@ -294,6 +294,23 @@ def test_a_plan_says_what_it_said_before(large, capsys):
         assert line in said
 
 
+def test_adapters_are_what_docs_gpus_says_they_save(tmp_path, capsys):
+    """7B on one GPU. Frozen: 2 bytes a weight of policy and critic, 2 · (7.62e9 + 7.07e9) = 29.4e9.
+    Adapters of rank 16, 16 · (inputs + outputs) of seven matrices in each of 28 layers, 40.4e6 in
+    each network: 4 bytes a weight, 8 a weight of moments."""
+    inputs_and_outputs = 2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944)
+    adapters = 16 * 28 * inputs_and_outputs
+    flags = [f"--model={config_only('7B', tmp_path)}", "--prompts=64", "--samples=16",
+             "--mini_batch=128", "--prompt_length=512", "--response_length=1024",
+             "--gradient_checkpointing", "--sample_rows=128",
+             "--micro_batch_tokens=8192"]  # fmt: skip
+    shape = plan.shapes(plan.settings.parse(Settings, [*flags, "--lora=16"], ""))
+    assert shape.learns == 2 * adapters + 3584 + 1
+    whole, frozen = plan.main(flags), plan.main([*flags, "--lora=16"])
+    assert whole["gigabytes"] == pytest.approx((209, 210, 268), abs=0.6) and not whole["fits"]
+    assert frozen["gigabytes"] == pytest.approx((48, 37, 37), abs=0.6) and frozen["fits"]
+
+
 def test_answers_that_vllm_has_room_for():
     """24 GB, 8.2 of them weights, and 21,504 tokens of 32,768 bytes each an answer:
     ⌊15.8 / 0.7046⌋."""
