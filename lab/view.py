@@ -70,7 +70,7 @@ def main(argv=None):
         config = json.loads((run_dir / "config.json").read_text())["settings"]
         samples = [line for line in lines_of(run_dir / "samples.jsonl") if line["values"]]
         run.require(samples, "there is no V in samples.jsonl: this run has no critic")
-        run.require("tokens" in samples[0], "an earlier revision wrote samples.jsonl: run it again")
+        run.require("reward" in samples[0], "an earlier revision wrote samples.jsonl: run it again")
         path.write_text(page(run_dir.name, config, [shown(line, config) for line in samples]))
     except (ValueError, KeyError, FileNotFoundError) as error:
         raise run.BadInput(f"no view of {run_dir}: {error}") from None

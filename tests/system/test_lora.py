@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_model import answers, directory  # noqa: F401  a fixture
-from test_vapo import saved_network, two_rollouts, vapo_run
+from test_vapo import metrics_of, saved_network, two_rollouts, vapo_run
 
 import model
 import train_vapo
@@ -128,6 +128,14 @@ def test_a_run_resumes_exactly_with_adapters_alone_in_its_checkpoint(world, tmp_
     differ = {key.split(".")[-2] for key in before if not torch.equal(before[key], after[key])}
     assert before.keys() == after.keys()
     assert differ == {f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")}
+
+
+def test_a_run_in_bfloat16_leaves_float32(world, tmp_path):
+    vapo_run(world, tmp_path, "--lora=4", "--dtype=bfloat16", "--steps=1")
+    for name in ("policy", "critic"):
+        weights = load_file(tmp_path / name / "model.safetensors").values()
+        assert {weight.dtype for weight in weights} == {torch.float32}
+    assert metrics_of(tmp_path)[1]["sampler_gap"] < 0.05
 
 
 def test_without_peft_it_is_one_line(world, tmp_path, capsys, monkeypatch):
