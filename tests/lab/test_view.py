@@ -88,7 +88,7 @@ def test_a_large_run_shows_every_second_evaluation_the_last_among_them(
 
 
 def test_bad_input_ends_with_one_line(tmp_path, capsys):
-    old = [{name: x for name, x in line.items() if name != "tokens"} for line in SAMPLES]
+    old = [{name: x for name, x in line.items() if name != "reward"} for line in SAMPLES]
     without = [line | {"values": []} for line in SAMPLES]
     broken = [SAMPLES[1] | {"values": [0.5, float("nan")]}]
     for argv, said in (
