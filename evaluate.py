@@ -27,7 +27,8 @@ from system.run import Log, exit_on_bad_input, seeded_generator, write_lines
 from system.settings import ABOVE_0_SHARE, AT_LEAST_1, PROBLEMS, flag
 from verifier import extract_answer
 
-TITLES = {"greedy_accuracy": "greedy accuracy", "length": "mean response length (tokens)",
+TITLES = {"reward": "mean reward", "greedy_accuracy": "greedy accuracy",
+          "length": "mean response length (tokens)",
           "truncated": "share of truncated answers"}  # fmt: skip
 
 
@@ -101,7 +102,7 @@ def problem_results(rows, tokenizer, problems, samples, bare_number=False):
 @torch.no_grad()
 def describe_samples(critic, tokenizer, problems, rows, samples, tokens=0, world=None):
     """Two answers to each of the first four problems, with verdict and, of a critic, V, read
-    `tokens` at a time; in an embedded world with the chance that is true before each token."""
+    `tokens` at a time; in an embedded world with the reward that is to be expected there."""
     index = [i for i in range(min(4 * samples, len(rows["length_B"]))) if i % samples < 2]
     part = table.take(rows, torch.tensor(index))
     value_BT = torch.zeros(len(index), int(part["length_B"].max()) if critic else 0)
@@ -116,7 +117,7 @@ def describe_samples(critic, tokenizer, problems, rows, samples, tokens=0, world
         problem, length = problems[int(part["problem_B"][i])], int(part["length_B"][i])
         described.append({
             "problem": problem["problem"], "answer": problem["answer"], "response": text,
-            "correct": bool(part["correct_B"][i]), "reward": part["reward_B"][i].item(),
+            "correct": bool(part["correct_B"][i]), "reward": round(part["reward_B"][i].item(), 4),
             "finish": "stop" if part["stop_B"][i] else "length",
             "values": [round(value, 4) for value in value_BT[i, :length].tolist()],
             "true": [round(p, 4) for p in true_BT[i, :length].tolist()] if rest else [],
@@ -143,7 +144,8 @@ def print_before_and_after(before, after, problems, settings):
     names = {"accuracy": f"accuracy, avg@{settings.eval_samples} at T = 1"}
     print(f"\n{f'{problems} test problems':36s} {'before':>8s} {'after':>8s}")
     for name, title in (names | TITLES).items():
-        print(f"{title:36s} {before[name]:8.3f} {after[name]:8.3f}")
+        if name in before:
+            print(f"{title:36s} {before[name]:8.3f} {after[name]:8.3f}")
 
 
 @exit_on_bad_input
@@ -173,7 +175,8 @@ def main(argv=None):
         lines[f"pass@{k}"] = fmean(pass_at_k(result["correct"], samples, k) for result in results)
     lines[f"maj@{samples}"] = metrics["majority"]
     print(f"\n{len(results)} problems")
-    for title, value in (lines | {TITLES[name]: metrics[name] for name in TITLES}).items():
+    lines |= {title: metrics[name] for name, title in TITLES.items() if name in metrics}
+    for title, value in lines.items():
         print(f"{title:36s} {value:8.3f}")
     print(f"\nrun directory: {run_dir}   (each problem: results.jsonl)")
     return metrics | {"run_dir": str(run_dir)}

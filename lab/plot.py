@@ -67,7 +67,7 @@ def draw(path, size, panels, rows=1):
         axis.set_xlabel(x, fontsize=9)
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[1]:
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, framealpha=0.5)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

@@ -37,18 +37,20 @@ def advantages(value_T, reward, config):
 
 
 def shown(sample, config):
-    """A line of samples.jsonl as the page has it: with [V, Â] of the critic and, if
-    known, of the truth (a chance in the line, so here in the run's rewards)."""
-    low, high, reward = config["reward_wrong"], config["reward_correct"], sample["reward"]
-    both = {"critic": sample["values"], "truth": [low + (high - low) * p for p in sample["true"]]}
-    both = {name: [V, advantages(V, reward, config)] for name, V in both.items() if V}
+    """A line of samples.jsonl as the page has it: with [V, Â] of the critic and, if known, of the
+    truth, the reward that is to be expected."""
+    both = {"critic": sample["values"], "truth": sample["true"]}
+    both = {name: [V, advantages(V, sample["reward"], config)] for name, V in both.items() if V}
     names = ("step", "problem", "answer", "tokens", "correct", "reward", "finish")
     return {name: sample[name] for name in names} | both
 
 
 def page(name, config, answers):
     """The page with its data. Every second evaluation is left out until it is small enough."""
-    kept = {name: config[name] for name in ("preset", "steps", "reward_wrong", "reward_correct")}
+    rewards = [config["reward_wrong"], config["reward_correct"]]
+    rewards = [answer["reward"] for answer in answers] if config["reward"] else rewards
+    kept = {"preset": config["preset"], "steps": config["steps"]}
+    kept |= {"lowest": min(rewards), "highest": max(rewards)}
     text = json.dumps({"run": name, "answers": answers} | kept, allow_nan=False)
     text = text.replace("<", "\\u003c")  # a model's text opens and closes no tag
     whole = Path(__file__).with_suffix(".html").read_text().replace("{{DATA}}", text)
@@ -68,7 +70,9 @@ def main(argv=None):
     run_dir, path = Path(asked.run), Path(asked.run, "view.html")
     try:
         config = json.loads((run_dir / "config.json").read_text())["settings"]
-        samples = [line for line in lines_of(run_dir / "samples.jsonl") if line["values"]]
+        samples = lines_of(run_dir / "samples.jsonl")
+        run.require(samples, "it has not come to its first evaluation")
+        samples = [line for line in samples if line["values"]]
         run.require(samples, "there is no V in samples.jsonl: this run has no critic")
         run.require("reward" in samples[0], "an earlier revision wrote samples.jsonl: run it again")
         path.write_text(page(run_dir.name, config, [shown(line, config) for line in samples]))

@@ -1,7 +1,8 @@
 """The countdown game: make the target out of the numbers with + - * /, each number used once.
 
     python -m recipes.countdown     # writes train.jsonl and test.jsonl into runs/countdown
-    python train_vapo.py --model DIR --train FILE --test FILE --reward recipes/countdown.py:reward
+    python train_vapo.py --model DIR --train runs/countdown/train.jsonl \
+        --test runs/countdown/test.jsonl --reward recipes/countdown.py:reward
 
 A problem has no answer: many expressions are right. Its columns `numbers` and `target` reach the
 reward, which works the stated expression out on its syntax tree, in fractions, without `eval`.
@@ -73,3 +74,4 @@ if __name__ == "__main__":
     for name, count in (("train", 4000), ("test", 100)):
         lines = [json.dumps(draw_problem(rng)) + "\n" for _ in range(count)]
         (directory / f"{name}.jsonl").write_text("".join(lines))
+        print(f"{directory}/{name}.jsonl: {count} problems")

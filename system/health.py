@@ -41,8 +41,8 @@ RULES = {
 
 
 def watch(step, numbers, progress):
-    """Says which rules a rollout's metrics break that none before it did; keeps in `progress`, which
-    goes into the checkpoint, the first rollout of each, and the best training accuracy."""
+    """Says which rules a rollout's metrics are the first to break. Keeps in `progress`, and so in
+    the checkpoint, that rollout of each rule, and the best training accuracy."""
     since, best = progress.setdefault("health", {}), progress.get("best_accuracy", 0.0)
     for wrong, (is_broken, _) in RULES.items():
         if wrong not in since and is_broken(numbers | {"step": step}, best):

@@ -80,15 +80,18 @@ def checked(function, seconds, answers):
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     said, found = f"{place(function)} returned", []
-    count = len(values) if isinstance(values, (list, tuple)) else f"no list but {values!r:.60}"
-    require(count == len(answers), f"{said} {count}, not a value an answer, {asked}")
+    count = len(values) if isinstance(values, (list, tuple)) else None
+    require(count is not None, f"{said} no list but {values!r:.60}, {asked}")
+    require(count == len(answers), f"{said} a list of {count}, {asked}")
     for value, (problem, *_) in zip(values, answers):
         pair = isinstance(value, (list, tuple)) and len(value) == 2
         number, correct = value if pair else (value, None)
         good = isinstance(number, Real) and type(number) is not bool and abs(number) < 1e30
         good &= type(correct) is bool or (correct is None and problem["answer"] != "")
         told = f"{said} {value!r:.60}, asked about {problem['where']}"
-        wants = "a finite number, or that and a bool: is it correct? (a must without an answer)"
+        wants = (
+            "a finite number, or that and a bool: is it correct? (a must where there is no answer)"
+        )
         require(good, f"{told}: wants {wants}")
         found.append((float(number), correct))
         by = "the verifier" if correct is None else "the function's bool"

@@ -7,6 +7,7 @@ twice the last counts. config.json of a run directory holds the settings as a JS
 import argparse
 import importlib.util
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -128,7 +129,9 @@ class TrainingSettings(SamplingSettings):
 
 def parse(settings_class, argv, description, defaults=None):
     """Flags → a frozen dataclass; `defaults` in the place of the fields' own. Raises: BadInput."""
-    usage = "python %(prog)s [@FILE with flags] [--flag value] ..."
+    module = getattr(sys.modules["__main__"].__spec__, "name", "")
+    script = f"-m {module}" if module.startswith("lab.") else "%(prog)s"
+    usage = f"python {script} [@FILE with flags] [--flag value] ..."
     look = partial(HelpFormatter, max_help_position=32, width=150)
     how = {"allow_abbrev": False, "add_help": False, "formatter_class": look}
     how |= {"fromfile_prefix_chars": "@", "description": description.partition("\n")[0]}

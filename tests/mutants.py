@@ -298,9 +298,9 @@ QUICK = [
     ("system/lora.py", "lora_alpha=2 * rank", "lora_alpha=rank", ADAPTERS),
     ("system/lora.py", "torch.manual_seed(seed)", "pass", ADAPTERS),
     ("system/lora.py", "head.requires_grad_()", "pass",
-     "system/test_lora.py::test_merged_and_unmerged_agree_and_only_adapters_and_heads_learn"),
+     "system/test_lora.py::test_merged_and_unmerged_agree_and_adapters_and_heads_learn"),
     ("system/lora.py", "parameter.data.to(network.compute_dtype)", "parameter.data",
-     "system/test_lora.py::test_the_sampling_copy_is_merged_and_one_process_in_bfloat16_needs_none"),
+     "system/test_lora.py::test_the_sampling_copy_is_merged_and_in_bfloat16_there_is_none"),
     # a rule that is said at every rollout, or forgets the best
     ("system/health.py", "if wrong not in since and", "if",
      "system/test_health.py::test_a_rule_is_said_once_and_again_in_the_end"),

@@ -91,10 +91,10 @@ def test_the_bool_decides_then_the_verifier_and_a_cut_answer_is_wrong(
         ("return [1, (1, 1)]", "returned (1, 1), asked about f.jsonl, line 2"),
         ("return [1, None]", "returned None, asked about f.jsonl, line 2"),
         ("return [1, 1]", "returned 1, asked about f.jsonl, line 2: wants a finite number, or that "
-         "and a bool: is it correct? (a must without an answer)"),
-        ("return [1]", "own.py:2 returned 1, not a value an answer, asked about 2 answers, the "
+         "and a bool: is it correct? (a must where there is no answer)"),
+        ("return [1]", "own.py:2 returned a list of 1, asked about 2 answers, the "
          "first to f.jsonl, line 1"),
-        ("return 1.0", "own.py:2 returned no list but 1.0, not a value"),
+        ("return 1.0", "own.py:2 returned no list but 1.0, asked about 2 answers"),
         ("return {'b3': 1}['a' * len(prompts) + '3']", "own.py:3: KeyError: 'aa3', asked about 2"),
         ("return [{'a3': 1}[prompt] for prompt in prompts]",
          "own.py:3: KeyError: 'b3', asked about f.jsonl, line 2"),
@@ -209,7 +209,7 @@ def test_a_run_asks_once_a_rollout_and_optimises_what_it_is_told(undisturbed):
     [
         ("raises", "own.py:20: OSError: the server is down, asked about"),
         ("nan", "own.py:9 returned nan, asked about"),
-        ("short", "own.py:9 returned 23, not a value an answer, asked about 24 answers, the first"),
+        ("short", "own.py:9 returned a list of 23, asked about 24 answers, the first"),
         ("slow", "own.py:18 took longer than --reward_seconds 3, asked about 24 answers"),
     ],
 )
@@ -321,7 +321,9 @@ def test_what_fails_on_one_rank_ends_them_all(world, tmp_path, how, said):
     done = subprocess.run(command(2, *words), cwd=ROOT, env=ONE_THREAD, **pipes)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert done.returncode != 0 and "own.py:3" in lines[0], done.stderr[-3000:]
-    assert lines[0].startswith(said) and (len(lines) == 1 or "sleep" in how)
+    assert lines[0].startswith(said)
+    # On a busy machine torchrun ends rank 1 too late: then both say the same.
+    assert "sleep" in how or len({line.replace(" on rank 1", "") for line in lines}) == 1
 
 
 @pytest.mark.parametrize(

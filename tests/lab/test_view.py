@@ -11,14 +11,14 @@ from helpers import fails_with
 from lab import view
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
-CONFIG = {"preset": "vapo", "steps": 4, "reward_wrong": -1.0, "reward_correct": 1.0, "alpha": 1.0,
-          "length_adaptive_gae": True, "lam_policy": 0.5}  # fmt: skip
+CONFIG = {"preset": "vapo", "steps": 4, "reward_wrong": -1.0, "reward_correct": 1.0, "reward": "",
+          "alpha": 1.0, "length_adaptive_gae": True, "lam_policy": 0.5}  # fmt: skip
 EVIL = ["<script>", "window.ran = 1", "</script>", "<!--"]
 SAMPLES = [
     {"step": step, "problem": "c2", "answer": "z", "correct": step == 4, "finish": "stop",
      "reward": 1.0 if step == 4 else -1.0, "response": "".join(tokens),
      "tokens": tokens, "values": [0.0, 0.5, 0.25, 0.0][: len(tokens)],
-     "true": [0.5, 0.75, 1.0, 0.0][: len(tokens)]}
+     "true": [0.0, 0.5, 1.0, -1.0][: len(tokens)]}
     for step, tokens in ((0, EVIL), (2, ["k", "2"]), (4, ["q", "1"]), (4, ["q", "1", "z", "<eos>"]))
 ]  # fmt: skip
 
@@ -43,6 +43,7 @@ def test_the_data_by_hand(tmp_path):
     assert view.main(["--run", run_dir]) == view.main([run_dir]) == f"{run_dir}/view.html"
     text, data = data_of(tmp_path / "run" / "view.html")
     assert (data["run"], data["preset"], data["steps"]) == ("run", "vapo", 4)
+    assert (data["lowest"], data["highest"]) == (-1, 1)
     assert [answer["step"] for answer in data["answers"]] == [0, 2, 4, 4]
     assert data["answers"][1] == {
         "step": 2, "problem": "c2", "answer": "z", "tokens": ["k", "2"], "correct": False,
@@ -96,7 +97,7 @@ def test_bad_input_ends_with_one_line(tmp_path, capsys):
         (["nowhere"], "no view of nowhere: "),
         ([write(tmp_path / "old", old)], "an earlier revision wrote samples.jsonl"),
         ([write(tmp_path / "grpo", without)], "has no critic"),
-        ([write(tmp_path / "empty", [])], "has no critic"),
+        ([write(tmp_path / "empty", [])], "has not come to its first evaluation"),
         ([write(tmp_path / "nan", broken)], "no view of"),
     ):
         fails_with(capsys, view.main, argv, said)

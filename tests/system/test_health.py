@@ -1,4 +1,4 @@
-"""health.py: each rule by hand, and on the runs of docs/health.md, made well and badly on purpose."""
+"""health.py: each rule by hand, and on the runs of docs/health.md, good and bad on purpose."""
 
 from pathlib import Path
 
@@ -56,8 +56,8 @@ def test_a_rule_is_said_once_and_again_in_the_end(capsys):
 
 
 @pytest.mark.parametrize("name, rules", [
-    ("default-0", set()), ("default-1", set()), ("default-2", set()),
-    ("truncated", {CUT}), ("lr", {FAR}), ("gap", {UNCORRECTED}), ("unpretrained", {UNTRAINED}),
+    ("well-0", set()), ("well-1", set()), ("well-2", set()),
+    ("cut", {CUT}), ("lr4", {FAR}), ("gap", {UNCORRECTED}), ("unpretrained", {UNTRAINED}),
 ])  # fmt: skip
 def test_the_runs_of_the_page_break_the_rules_that_it_says(name, rules):
     lines = lines_of(RUNS / f"{name}.jsonl")[2:]  # after the config and the first evaluation

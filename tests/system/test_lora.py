@@ -83,15 +83,16 @@ def test_at_first_the_model_is_what_it_was_and_equal_seeds_are_equal_adapters(wo
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
-def test_merged_and_unmerged_agree_and_only_adapters_and_heads_learn(directory, tmp_path):  # noqa: F811
+def test_merged_and_unmerged_agree_and_adapters_and_heads_learn(directory, tmp_path):  # noqa: F811
     policy, critic = with_adapters(directory)
     tokenizer = loading.load_tokenizer(directory)
     rows = answers(policy, tokenizer)
     sides = []
     for network, name in ((policy, "policy"), (critic, "critic")):
         checkpoint.export(network, tokenizer, tmp_path / name)
-    for own in ((policy, critic), (loading.load_policy(str(tmp_path / "policy"), policy.device),
-                                   loading.load_critic(str(tmp_path / "critic"), policy.device))):  # fmt: skip
+    again = (loading.load_policy(str(tmp_path / "policy"), policy.device),
+             loading.load_critic(str(tmp_path / "critic"), policy.device))  # fmt: skip
+    for own in ((policy, critic), again):
         logp_BT, _ = model.policy_logprobs(own[0], rows, 1.0)
         sides.append([logp_BT, model.critic_values(own[1], rows)])
     for unmerged, merged in zip(*sides):
@@ -104,7 +105,7 @@ def test_merged_and_unmerged_agree_and_only_adapters_and_heads_learn(directory, 
             )
 
 
-def test_the_sampling_copy_is_merged_and_one_process_in_bfloat16_needs_none(world):
+def test_the_sampling_copy_is_merged_and_in_bfloat16_there_is_none(world):
     policy, _ = with_adapters(str(world / "base"), "bfloat16")
     assert loading.sampling_copy(policy) is policy
     dtypes = {".lora_" in n: p.dtype for n, p in policy.named_parameters()}
