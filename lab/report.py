@@ -244,8 +244,8 @@ def heat_map(found, axis):
 
     sets = [[tuple(sorted({i, j})) for j in range(7)] for i in range(7)]
     effect = [[found["effect"][w] for w in row] for row in sets]
-    star = {w: "*" if abs(e) > found["half"][w] else "" for w, e in found["effect"].items()}
-    said = [[f"{found['effect'][w]:+.3f}{star[w]}" for w in row] for row in sets]
+    said = [[f"{e:+.3f}" + "*" * bool(abs(e) > found["half"][w]) for w, e in zip(*pair)]
+            for pair in zip(sets, effect)]  # fmt: skip
     how = {"xticklabels": TITLES, "yticklabels": TITLES, "cmap": "PuOr_r", "center": 0}
     seaborn.heatmap(effect, annot=said, fmt="", ax=axis, **how)
 
@@ -255,9 +255,9 @@ def all_curves(log, found, axis):
 
     most = max(range(7), key=lambda i: abs(found["effect"][i,]))
     own = log[log["row"].str.startswith("cube_")].dropna(subset=["accuracy"])
-    own = own.assign(**{TITLES[most]: own["title"].str[most].map({"1": "on", "0": "off"})})
-    own["run"] = own["row"] + own["seed"].astype(str)
-    how = {"hue": TITLES[most], "hue_order": ["on", "off"], "units": "run", "estimator": None}
+    said = {"1": f"with {TITLES[most]}", "0": "without"}
+    own = own.assign(piece=own["title"].str[most].map(said), run=own["row"] + own["seed"].map(str))
+    how = {"hue": "piece", "hue_order": said.values(), "units": "run", "estimator": None}
     seaborn.lineplot(own, x="step", y="accuracy", lw=0.5, alpha=0.6, ax=axis, **how)
     axis.set(ylim=(0, 1), xlabel="", ylabel="")
 
