@@ -45,7 +45,7 @@ def importance_weight(old_logp_BT, sampled_logp_BT, cap=None):
 
 
 def value_loss(value_BT, target_BT):
-    """½ (V_t − target_t)², as loss_BT."""
+    """loss_BT = ½ (V_t − target_t)²; the papers give no form, this one is ours."""
     return 0.5 * (value_BT - target_BT) ** 2
 
 

@@ -7,7 +7,7 @@ length_B          tokens of the response, EOS included               rollout.sam
 stop_B            True: ended by EOS; False: cut at the limit        rollout.sample        rollout
 problem_B         index into the problems                            rollout.sample        rollout
 sampled_logp_BT   log π of the tokens, as the sampler has it         rollout.sample        rollout
-correct_B         the verdict (bool), by the verifier or --reward      rollout.judge         rollout
+correct_B         the verdict (bool), by the verifier or --reward    rollout.judge         rollout
 reward_B          what is optimised, R                               rollout.judge         rollout
 old_logp_BT       log π_old of the tokens, by the training code      train_vapo.score      rollout
 entropy_BT        H(π_old) before each token, nats                   train_vapo.score      rollout

@@ -140,10 +140,8 @@ def bench_update(asked, generator):
     _, *inputs = scored(asked, generator)
     ours = partial(update, *inputs)
     theirs = partial(ours, plain=True)
-    parts = plan.memory(asked).items()
-    planned = (
-        sum(n for name, (*_, n) in parts if name.startswith(("grad", "activ", "logits"))) / 1e9
-    )
+    parts, made = plan.memory(asked).items(), ("gradients", "activations", "logits, temporaries")
+    planned = sum(update for name, (*_, update) in parts if name in made) / 1e9
     held = f"{peak_gigabytes(ours):.2f} of {planned:.2f} GB planned, {peak_gigabytes(theirs):.2f}"
     return f"update, {held}", "16 rows, whole logits", ours, theirs
 
@@ -187,6 +185,8 @@ def main(argv=None):
         asked = settings.parse(Settings, argv, __doc__, defaults)
     train_vapo.Settings.check(asked)
     device = run.pick_device(asked.device)
+    if device.type == "cpu" and asked.dtype == "auto":  # the plan takes it for a GPU's bfloat16
+        asked = replace(asked, dtype="float32")
     on, lines = run.describe(device) | {"model": asked.model}, []
     print("bench: " + ", ".join(f"{name} {value}" for name, value in on.items()))
     for part in map(PARTS.get, asked.parts):

@@ -208,7 +208,7 @@ def figures(runs, log, found):
         ("long.png", "long_dapo" in rows, "Three times as many rollouts.", (11, 4),
          [curves(GROUPS["long"], "test_accuracy", "held-out accuracy", 0, 1, x=x)
           for x in ("answers", "gradient_steps")]),
-        ("evpo.png", "advantage_variance" in log,
+        ("evpo.png", "vapo" in rows and "advantage_variance" in log,
          "Where the explained variance is above 0, the critic lowers the variance of advantages "
          "(arXiv 2604.19485); a dot a rollout.", (6, 4.5),
          [("variance of the advantages / of the outcomes", "explained variance",

@@ -58,7 +58,7 @@ def merged(network):
 
 
 def merged_weights(network):
-    """`merged` as a dict of whole tensors on rank 0's CPU; None of a network without adapters."""
+    """`merged` as a dict of whole tensors on the CPU; None of a network without adapters."""
     if len(trained(network)) == len(list(network.parameters())):
         return None
     return {name: distributed.unsharded(weight).cpu() for name, weight in merged(network)}
