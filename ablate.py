@@ -29,7 +29,7 @@ from train_vapo import PRESETS
 # the fewer slips, so that the base models, which tell slips from steps, are right equally often.
 WORLDS = {"30": {"min_steps": 3, "max_steps": 36, "slip": 0.25},
           "100": {"min_steps": 10, "max_steps": 120, "slip": 0.08},
-          "300": {"min_steps": 30, "max_steps": 360, "slip": 0.026}}
+          "300": {"min_steps": 30, "max_steps": 360, "slip": 0.027}}
 WORLD = {"layers": 4, "updates": 2000, "update_rows": 32, "test_problems": 128}
 RUN = {"steps": 24, "prompts": 16, "samples": 16, "mini_batch": 16, "alpha": 0.5, "critic_lr": 5e-4,
        "eval_every": 3, "eval_samples": 4, "save_every": 6}

@@ -89,15 +89,6 @@ def decoupled_gae(reward_BT, value_BT, mask_BT, lam_policy, lam_critic, gamma=1.
     return adv_BT, torch.where(mask_BT.bool(), critic_adv_BT + value_BT, 0.0)
 
 
-def whiten(adv_BT, mask_BT):
-    """(Â − mean) / (std + 1e-8) over the tokens of the batch, 0 on padding. A flag of our own."""
-    on_BT = mask_BT.bool()
-    adv_N = adv_BT[on_BT]
-    if adv_N.numel() < 2:
-        return torch.where(on_BT, adv_BT, 0.0)
-    return torch.where(on_BT, (adv_BT - adv_N.mean()) / (adv_N.std() + 1e-8), 0.0)
-
-
 def explained_variance(value_BT, target_BT, mask_BT):
     """How much of the targets' variance the critic predicts (arXiv 2503.01491).
 

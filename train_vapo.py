@@ -97,7 +97,6 @@ class Settings(flags.TrainingSettings):
     is_clip: float = flag(None, "cap of importance weights; 0: none; default: 2 where needed", (
         "is 0 or at least 1", lambda cap: cap == 0 or cap >= 1))
     mask_truncated: bool = flag(False, "leave truncated answers out of the policy's loss only")
-    whiten: bool = flag(False, "whiten the advantages over the rollout")
 
     critic_free: bool = flag(False, "group-relative advantages (GRPO, DAPO); no pieces 1 to 3")
     dynamic_sampling: int = flag(
@@ -125,7 +124,7 @@ class Settings(flags.TrainingSettings):
             said = f"{rows} {what} for {processes} processes: each needs one at least"
             require(rows >= processes, said)
         pieces = ("value_pretraining", "decoupled_gae", "length_adaptive_gae")
-        idle = ("critic", "reward_model", "whiten", "critic_surprise")
+        idle = ("critic", "reward_model", "critic_surprise")
         idle = [name for name in idle if getattr(self, name)]
         idle += [f"no_{name}" for name in pieces if not getattr(self, name)]
         said = f"--critic_free has no use for --{' and --'.join(idle)}"
@@ -171,8 +170,6 @@ def advantages(rows, settings):
     rows["adv_BT"], rows["target_BT"] = gae.decoupled_gae(
         reward_BT, rows["old_value_BT"], mask_BT, rows["lam_B"], lam_critic
     )
-    if settings.whiten:
-        rows["adv_BT"] = gae.whiten(rows["adv_BT"], mask_BT)
 
 
 def weights(batch, settings):

@@ -5,6 +5,5 @@ view.py      an HTML file of what the critic thought of each token: python -m la
 report.py    the ablations' tables and figures: python -m lab.report
 effects.py   what each of the seven pieces does, of all their combinations, for report.py
 plan.py      memory of a run, on paper: python -m lab.plan --model NAME --gpus 64
-dryrun.py    a model's own code on tensors without memory, for plan.py
 bench.py     how fast each part is, against what one would use instead
 """

@@ -6,7 +6,7 @@
 
 Both sides have the same inputs, in one process, and take turns. A line has the median speed of each
 and how many times as fast ours is: the median of the turns' ratios, their lowest and highest. Then
-come the update's memory beside the plan's, and what share of the device's limits is reached.
+comes what share of the device's limits is reached.
 """
 
 import time
@@ -24,7 +24,6 @@ import table
 import toy
 import train_vapo
 from lab import plan
-from lab.dryrun import Live
 from system import loading, run, settings
 from system.settings import flag
 from train_value import value_gradients
@@ -37,13 +36,6 @@ def seconds(function, device):
     started, result = time.perf_counter(), function()
     wait()
     return time.perf_counter() - started, result
-
-
-def peak_gigabytes(function):
-    """GB of the tensors that one call makes, of those alive at once, the most."""
-    with Live() as live:
-        function()
-    return live.peak / 1e9
 
 
 def side_by_side(title, against, ours, theirs, repeats, device):
@@ -140,10 +132,7 @@ def bench_update(asked, generator):
     _, *inputs = scored(asked, generator)
     ours = partial(update, *inputs)
     theirs = partial(ours, plain=True)
-    parts, made = plan.memory(asked).items(), ("gradients", "activations", "logits, temporaries")
-    planned = sum(update for name, (*_, update) in parts if name in made) / 1e9
-    held = f"{peak_gigabytes(ours):.2f} of {planned:.2f} GB planned, {peak_gigabytes(theirs):.2f}"
-    return f"update, {held}", "16 rows, whole logits", ours, theirs
+    return "update", "16 rows, whole logits", ours, theirs
 
 
 def of_the_limit(asked, speeds, device):

@@ -2,10 +2,11 @@
 
     python -m lab.plan --model Qwen/Qwen2.5-7B --gpus 8 --prompts 512 --response_length 20480
 
-Takes the flags of train_vapo.py and reads the model's config.json only. Parameters and activations
-come from dryrun.py, the rest from the formulas below. Policy and critic, float32, with gradients
-and AdamW's moments, are sharded (FSDP2). Every GPU has a whole copy of the policy to sample from,
-or with --engine vllm its part of one; one GPU with --lora has none, and what is frozen in bfloat16.
+Takes the flags of train_vapo.py and reads the model's config.json only. Parameters are counted, the
+rest follows from the formulas below, which are those of Llama's kind of layer (Llama, Mistral,
+Qwen); for another kind they are a guide. Policy and critic, float32, with gradients and AdamW's
+moments, are sharded (FSDP2). Every GPU has a whole copy of the policy to sample from, or with
+--engine vllm its part of one; one GPU with --lora has none, and what is frozen in bfloat16.
 All answers are as long as may be. GB are 10⁹ bytes.
 """
 
@@ -14,13 +15,12 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import logprobs
 import train_vapo
-from lab.dryrun import activations, imagined, token_bytes
-from system import run, settings
-from system.loading import require_positions
-from system.lora import trained
+from system import lora, run, settings
+from system.loading import checkpoint_gradients, loaded, require_positions
 from system.settings import AT_LEAST_1, POSITIVE, flag
 from system.slots import FIRST_COLUMNS
 
@@ -55,19 +55,23 @@ def table_columns(prompt, response, several_waves):
     return columns
 
 
-def logit_bytes(tokens, words, width, size, memory, backward):
-    """`logprobs.py` over N tokens: four slices and three copies of the hidden states; backward, the
-    logits it keeps, and the gradients of output matrix and hidden states.
-    16 min(N V, slice_on_gpu) + 3 N D size [+ 4 min(N V, max(KEEP, V D)) + V D size + 4 N D]"""
+def logit_bytes(tokens, words, width, size, memory):
+    """`logprobs.py` over N tokens: four slices and three copies of the hidden states; the logits it
+    keeps, and the gradients of output matrix and hidden states.
+    16 min(N V, slice_on_gpu) + 3 N D size + 4 min(N V, max(KEEP, V D)) + V D size + 4 N D"""
     kept = 4 * min(tokens * words, max(logprobs.KEEP, words * width))
     slices = 16 * min(tokens * words, logprobs.slice_on_gpu(memory))
-    held = slices + 3 * tokens * width * size
-    return held + backward * (kept + words * width * size + 4 * tokens * width)
+    return slices + 3 * tokens * width * size + kept + words * width * size + 4 * tokens * width
 
 
-def table_bytes(answers, prompt, response):
-    """Token ids of 8 bytes, and seven columns of numbers of 4 (table.py): B (8 (P + T) + 28 T)."""
-    return answers * (8 * (prompt + response) + 28 * response)
+def layer_bytes(model, held, size):
+    """What autograd keeps of a layer, bytes a token: of D, the width of the sums between layers, E
+    of keys, Q of queries, F of the MLP, and H heads:  a D + s (2 Q + 2 E + 4 F) + 4 H + 8.
+    s, bytes of a number in a product; a, of the two norms: 24 in float32, 16 in bfloat16, 26 where
+    the weights are float32 and the products bfloat16 (autocast)."""
+    norms = {(4, 4): 24, (2, 2): 16, (4, 2): 26}[held, size]
+    rest = size * (2 * model.queries + 2 * model.keys + 4 * model.mlp)
+    return norms * model.width + rest + 4 * model.heads + 8
 
 
 def rows_of(tokens, length, answers):
@@ -76,107 +80,114 @@ def rows_of(tokens, length, answers):
     return rows, min(length, max(tokens, length) // rows)
 
 
-def vllm_answers(share, weights, token, length):
-    """⌊(share − weights) / (length · token)⌋: answers whose keys and values fit in vLLM's share."""
-    return max(0, int((share - weights) // (length * token)))
+def counted(asked):
+    """Numbers of the model by its config: parameters, and the widths that the formulas take.
+    Raises: BadInput without a config, a causal LM for it, or the checkpointing asked for."""
+    config, make = loaded(AutoConfig.from_pretrained, asked.model), AutoModelForCausalLM.from_config
+    text = config.get_text_config()
+    require_positions(text, asked.prompt_length + asked.response_length, asked.model)
+    with torch.device("meta"):
+        network = loaded(lambda _, **how: make(config), asked.model)
+        policy, trunk = network.num_parameters(), network.base_model.num_parameters()
+        first, last = network.get_input_embeddings().weight, network.get_output_embeddings().weight
+        network.compute_dtype = torch.float32
+        lora.adapt(checkpoint_gradients(network, asked.gradient_checkpointing), asked.lora, 0)
+    heads, layers = text.num_attention_heads, text.num_hidden_layers
+    head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kept = getattr(text, "num_key_value_heads", None) or heads
+    return SimpleNamespace(
+        policy=policy, critic=0 if asked.critic_free else trunk + last.shape[1] + 1,
+        adapters=sum(weight.numel() for weight in lora.trained(network)), trunk=trunk,
+        layers=layers, layer=(trunk - first.numel()) // layers, words=last.shape[0],
+        embeddings=first.numel() + (0 if first is last else last.numel()), heads=heads,
+        key_value_heads=kept, head=head, width=text.hidden_size, queries=heads * head,
+        keys=kept * head, mlp=text.intermediate_size,
+    )  # fmt: skip
 
 
 def shapes(asked):
-    """What the formulas take: counts of the model, and one GPU's part of the step."""
-    low, vllm, together = asked.dtype != "float32", asked.engine == "vllm", asked.tensor_parallel
-    dtype, size = (torch.bfloat16, 2) if low else (torch.float32, 4)  # auto: GPUs are CUDA's
-    # The weights that layers see: FSDP casts them; autocast does too, but keeps both.
-    seen, held = (dtype, size) if asked.gpus > 1 else (torch.float32, 4)
-    training = imagined(asked.model, seen, dtype, asked.gradient_checkpointing, asked.lora)
-    sampling, config = imagined(asked.model, dtype, dtype), training.config.get_text_config()
+    """`counted`, and one GPU's part of the step."""
+    model, low, several = counted(asked), asked.dtype != "float32", asked.gpus > 1
+    vllm, together, size = asked.engine == "vllm", asked.tensor_parallel, 2 if low else 4
     length = asked.prompt_length + asked.response_length
-    require_positions(config, length, asked.model)
-    policy, trunk = sampling.num_parameters(), sampling.base_model.num_parameters()
-    first, last = training.get_input_embeddings().weight, training.get_output_embeddings().weight
-    critic = 0 if asked.critic_free else trunk + last.shape[1] + 1
-    learns, frozen = policy + critic, 0
+    learns, frozen = model.policy + model.critic, 0
     if asked.lora:  # the adapters of both, and the critic's head
-        adapters, networks = sum(weight.numel() for weight in trained(training)), 1 + bool(critic)
-        frozen = policy + bool(critic) * trunk
-        learns = networks * adapters + policy + critic - frozen
-    kept = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    token = token_bytes(sampling) * -(-kept // together) / kept  # whole heads
+        frozen = model.policy + bool(model.critic) * model.trunk
+        learns = (1 + bool(model.critic)) * model.adapters + learns - frozen
+    # Of keys and values; whole heads.
+    token = 2 * model.layers * -(-model.key_value_heads // together) * model.head * size
     prompts, samples = asked.rollout_shape()
     here, updates = -(-prompts // asked.gpus), -(-prompts * samples // asked.mini_batch)
-    updated = -(-prompts * samples // updates // asked.gpus)
     slots, share = min(asked.sample_rows, here * samples * together), 0
     # One GPU samples from the policy itself where that is in the right dtype.
-    copied = policy * size / together * (vllm or (low and not asked.lora) or asked.gpus > 1)
-    if vllm:
+    copied = model.policy * size / together * (vllm or (low and not asked.lora) or several)
+    if vllm:  # its share, and as many answers as have room in it
         share = asked.vllm_memory * asked.gpu_memory * 1e9
-        slots = min(slots, vllm_answers(share, copied, token, length))
+        slots = max(0, min(slots, int((share - copied) // (length * token))))
+    updated = -(-prompts * samples // updates // asked.gpus)
     return SimpleNamespace(
-        training=training, sampling=sampling,
-        scoring=imagined(asked.model, seen, dtype, False, asked.lora),
-        policy=policy, critic=critic, learns=learns, frozen=frozen,
-        layer=(trunk - first.numel()) // config.num_hidden_layers,
-        embeddings=first.numel() + (0 if first is last else last.numel()),
-        words=last.shape[0], width=last.shape[1], size=size, held=held, token=token,
-        copied=copied, share=share, length=length, slots=slots, updates=updates,
-        updated=updated, prompts=here, answers=here * samples,
-        read=min(here, max(1, asked.sample_rows // samples)),  # prompts at once
-        micro=rows_of(asked.micro_batch_tokens, length, updated),
-        scored=rows_of(4 * asked.micro_batch_tokens, length, here * samples),
+        **vars(model), learns=learns, frozen=frozen, size=size, token=token, copied=copied,
+        share=share, length=length, slots=slots, updates=updates, updated=updated, prompts=here,
+        answers=here * samples, micro=rows_of(asked.micro_batch_tokens, length, updated),
+        held=size if several or asked.lora else 4,  # FSDP casts weights; autocast keeps both
     )  # fmt: skip
 
 
 def memory(asked):
-    """{part: (bytes while sampling, while scoring, in the update)} of one GPU at its fullest.
+    """{part: (bytes while sampling, in the update)} of one GPU at its fullest.
     Of n parameters on N GPUs: weights and gradients 4 n / N each, AdamW's moments 8 n / N; of those
-    that --lora freezes, weights alone, and on one GPU in the dtype of the passes."""
-    s, several, vllm = shapes(asked), asked.gpus > 1, asked.engine == "vllm"
+    that --lora freezes, weights alone, and on one GPU in the dtype of the passes. Beside what a
+    layer keeps, its tensors at work: s (4 D + 3 F) a token, and one layer's if it runs again."""
+    s, several = shapes(asked), asked.gpus > 1
     learns, frozen = 4 * s.learns / asked.gpus, s.frozen * (4 if several else s.size) / asked.gpus
-    weights = learns + frozen
     columns = table_columns(asked.prompt_length, asked.response_length, s.answers > s.slots)
-    waiting = s.read * asked.prompt_length * (1 if s.read == s.prompts else 2)  # and the next ones
-    _, reading = activations(s.sampling, s.read, asked.prompt_length, backward=False)
+    read = min(s.prompts, max(1, asked.sample_rows // asked.samples))  # prompts at once
+    waiting = read * asked.prompt_length * (1 if read == s.prompts else 2)  # and the next ones
+    work = s.size * (4 * s.width + 3 * s.mlp)
     # `slots.draw`: logits as the model gives them, and four tables of their size in float32.
-    reading = max(reading, s.slots * s.words * (s.size + 16))
-    tables = (s.token * (s.slots * columns + waiting), 0, 0)
-    if vllm:  # it keeps its share, and has its temporaries in it
-        reading, tables = 0, (max(0, s.share - s.copied),) * 3
-    _, scoring = activations(s.scoring, *s.scored, backward=False)
-    kept, peak = activations(s.training, *s.micro)
-    how = (s.words, s.width, s.held, asked.gpu_memory * 1e9)
-    scored, updated = (logit_bytes(rows * min(length, asked.response_length), *how, backward)
-                       for (rows, length), backward in ((s.scored, False), (s.micro, True)))
-    updated -= bool(s.frozen) * s.words * s.width * s.held  # a frozen matrix has no gradient
+    drawing = max(read * asked.prompt_length * work, s.slots * s.words * (s.size + 16))
+    tables = (s.token * (s.slots * columns + waiting), 0)
+    if s.share:  # vLLM's: it keeps that, and has its temporaries in it
+        drawing, tables = 0, (max(0, s.share - s.copied),) * 2
+    (rows, length), layer = s.micro, layer_bytes(s, s.held, s.size)
+    kept, cast = s.layers * layer, 2 * s.layers * s.layer * (s.held != s.size)  # by autocast
+    if asked.gradient_checkpointing:
+        kept, cast, work = s.layers * s.held * s.width, 0, work + layer
+    kept = rows * length * (kept + 2 * s.held * s.width) + cast  # the last norm too
+    answer, head = rows * min(length, asked.response_length), s.words * s.width * s.held
+    logits = logit_bytes(answer, s.words, s.width, s.held, asked.gpu_memory * 1e9)
+    logits -= bool(s.frozen) * head  # a frozen matrix has no gradient
+    # A tied one's as output waits for that as embeddings, to be summed when all else is gone.
+    tied = 3 * head * (s.embeddings == s.words * s.width and not s.frozen) - kept
     # Whole weights: two layers, at work and on its way, and the embeddings; gradients, of one.
-    gathered, more = (several * s.size * (n * s.layer + s.embeddings) for n in (2, 1))
+    gathered = several * s.size * (3 * s.layer + 2 * s.embeddings)
     return {
-        "weights": (weights, weights, weights),
-        "AdamW's moments": (2 * learns, 2 * learns, 2 * learns),
-        "gradients": (0, 0, learns),
-        "copy that samples": (s.copied, s.copied, s.copied),
-        "gathered weights": (0, gathered, gathered + more),
+        "weights": (learns + frozen, learns + frozen),
+        "AdamW's moments": (2 * learns, 2 * learns),
+        "gradients": (0, learns),
+        "copy that samples": (s.copied, s.copied),
+        "gathered weights": (0, gathered),
         "keys and values": tables,
-        "activations": (0, 0, kept),
-        "logits, temporaries": (reading, max(scoring, scored), max(peak - kept, updated)),
+        "activations": (0, kept),
+        "logits, temporaries": (drawing, max(rows * length * work, logits, tied)),
     }
 
 
 def report(asked):
-    """Prints the plan. Returns: {"gigabytes": of one GPU in each phase, "fits"}."""
+    """Prints the plan. Returns: {"gigabytes": of one GPU in both phases, "fits"}."""
     s, parts, limit = shapes(asked), memory(asked), asked.gpu_memory * 1e9
     full, (rows, length) = [sum(column) for column in zip(*parts.values())], s.micro
-    row = ("{:34s}" + 3 * "{:>15s}").format
+    row = ("{:34s}" + 2 * "{:>15s}").format
     on = f" on {asked.tensor_parallel} GPUs" * (asked.tensor_parallel > 1)
     print(f"on paper: {asked.model}, {asked.gpus} x {asked.gpu_memory:g} GB")
     longest = f"answers of {asked.response_length:,} tokens"
     print(f"policy {s.policy:,} parameters, critic {s.critic:,}; {longest}")
     print(f"one GPU: {s.prompts} prompts, {s.answers} answers, {s.slots} side by side{on}", end="")
     print(f"; {s.updates} updates of {s.updated} answers, {rows} x {length:,} tokens at once\n")
-    print(row("GB of one GPU", "sampling", "scoring", "update"))
+    print(row("GB of one GPU", "sampling", "update"))
     for name, numbers in (parts | {"together": full}).items():
         print(row(name, *(f"{number / 1e9:.1f}" for number in numbers)))
     print(row("", *("fits" if number <= limit else "does not fit" for number in full)))
-    table = table_bytes(asked.prompts * asked.samples, asked.prompt_length, asked.response_length)
-    print(f"CPU memory of each process: a rollout's table, {table / 1e9:.1f} GB, at most twice")
     if not s.slots:
         print(f"--vllm_memory has no room beside its weights for one answer of {s.length:,} tokens")
     if max(full) > limit:

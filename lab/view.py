@@ -27,7 +27,7 @@ class Settings(settings.Settings):
 
 
 def advantages(value_T, reward, config):
-    """Â of an answer's tokens, of the V given, by the run's λ_policy; never whitened."""
+    """Â of an answer's tokens, of the V given, by the run's λ_policy."""
     value_BT, length_B = torch.tensor([value_T]), torch.tensor([len(value_T)])
     lam = gae.length_adaptive_lambda(length_B, config["alpha"])
     lam = lam if config["length_adaptive_gae"] else config["lam_policy"]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's run: Qwen2.5-32B, 512 x 16 answers a rollout. Start it on each of eight nodes with the
 # same HOST; --out must be a directory that all of them can write.
-# Machine: eight nodes of eight GPUs of 80 GB, vLLM: at most 73.3 GB each by `python -m lab.plan`.
+# Machine: eight nodes of eight GPUs of 80 GB, vLLM: at most 75.4 GB each by `python -m lab.plan`.
 # Minutes: days; no GPU yet. Expected: the paper has 60 on AIME 2024, avg@32 at top-p 0.7; not run.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -192,7 +192,6 @@ QUICK = [
      "settings.lam_critic", "test_step.py"),
     ("train_vapo.py", 'mask_BT, rows["lam_B"], lam_critic', 'mask_BT, lam_critic, rows["lam_B"]',
      "test_step.py"),
-    ("train_vapo.py", "if settings.whiten:", "if False:", "test_step.py"),
     # ★ NLL of all answers; of those with a high reward; one switch that changes two things
     ("train_vapo.py", 'mask_BT * batch["correct_B"][:, None]', "mask_BT", "test_step.py"),
     ("train_vapo.py", 'mask_BT * batch["correct_B"][:, None]',

@@ -11,7 +11,6 @@ from gae import (
     gae,
     length_adaptive_lambda,
     terminal_reward,
-    whiten,
 )
 
 
@@ -143,10 +142,7 @@ def test_padding_never_matters(nonsense):
         adv_BT, target_BT = decoupled_gae(
             reward_BT, value_BT, mask_BT, torch.tensor([0.9, 0.5, 0.1]), 1.0
         )
-        whitened_BT = whiten(adv_BT.masked_fill(off_BT, filling), mask_BT)
-        results.append(
-            (adv_BT, target_BT, whitened_BT, explained_variance(value_BT, target_BT, mask_BT))
-        )
+        results.append((adv_BT, target_BT, explained_variance(value_BT, target_BT, mask_BT)))
     for clean, dirty in zip(*results):
         assert torch.equal(clean, dirty)
     assert (results[0][0][off_BT] == 0).all() and (results[0][1][off_BT] == 0).all()
@@ -170,16 +166,6 @@ def test_explained_variance_by_hand():
     )  # errors 0 and ½: a quarter of the variance
     assert explained_variance(1 - target_BT, target_BT, mask_BT) == -3
     assert explained_variance(target_BT, table([1, 1, 1, 1]), mask_BT).isnan()
-
-
-def test_whitening_by_hand():
-    adv_BT = whiten(table([1, 2, 3], [9, 9, 9]), mask(3, 0))
-    torch.testing.assert_close(adv_BT, table([-1, 0, 1], [0, 0, 0]))
-    # two tokens: mean 2, std √2; one has no std, and stays
-    adv_BT = whiten(table([1, 9], [3, 9]), mask(1, 1).new_tensor([[1, 0], [1, 0]]))
-    torch.testing.assert_close(adv_BT, table([-(0.5**0.5), 0], [0.5**0.5, 0]))
-    assert whiten(table([5, math.nan]), table([1, 0])).tolist() == [[5, 0]]
-    assert whiten(table([2, 2, 2]), mask(3)).tolist() == [[0, 0, 0]]
 
 
 def test_gamma_discounts_advantages_and_targets():

@@ -5,12 +5,12 @@ from collections import Counter
 
 import pytest
 import torch
+from live import Live
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import logprobs
-from lab.dryrun import Live
 from logprobs import add_slice, logits, slice_gradient, slice_on_gpu, token_logprobs
 from losses import policy_loss, value_loss
 

@@ -131,9 +131,6 @@ def test_two_steps_by_hand(coins, train):
     assert numbers["gradient_steps"] == 1 and numbers["bad_steps"] == 0
 
 
-WHITE = math.sqrt(13 / 48)  # the std of ½, −¼, −½, whose mean is −1/12, by 1/(N − 1)
-
-
 @pytest.mark.parametrize("changed, policy_gradient, critic_gradient", [
     ({}, 1 / 4 + 0.1, 1 / 6),
     ({"mu": 0.5}, 1 / 4 + 0.25, 1 / 6),
@@ -150,7 +147,6 @@ WHITE = math.sqrt(13 / 48)  # the std of ½, −¼, −½, whose mean is −1/12
     # targets 1, Â + V = ¼, 0: by the policy's λ = ½, or by λ_critic = ½
     ({"decoupled_gae": False}, 1 / 4 + 0.1, 1 / 12),
     ({"lam_critic": 0.5}, 1 / 4 + 0.1, 1 / 12),
-    ({"whiten": True}, (1.5 * 7 / 24 + 2 / 24 + 5 / 24) / WHITE / 3 + 0.1, 1 / 6),
     # log π = log softmax(θ / 2): half the slope
     ({"temperature": 2.0}, (1 / 4 + 0.1) / 2, 1 / 6),
     # GRPO: Â = (R − ½) / ½ = 1, −1, −1

@@ -6,13 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from live import Live
 from test_vapo import SETTINGS, asked, with_weights
 
 import rollout
 import table
 import train_vapo
-from lab.dryrun import Live
-from lab.plan import table_bytes
 from system import loading
 
 LINE = re.compile(r"^(\w+_B\w*) +(.+?) {2,}([\w.]+) +(rollout|mini-batch)$", re.MULTILINE)
@@ -215,7 +214,8 @@ def test_a_rollout_of_long_answers_is_in_memory_twice_at_most():
         train_vapo.advantages(rows, settings)
     with Live(rows.values()) as measuring:
         table.rollout_metrics(rows)
-    size = table_bytes(answers, width, longest)
+    # Token ids of 8 bytes, and seven columns of numbers of 4 (table.py).
+    size = answers * (8 * (width + longest) + 28 * longest)
     assert sum(column.nbytes for column in rows.values()) == pytest.approx(size, rel=1e-3)
     new = sum(rows[name].nbytes for name in ("importance_BT", "adv_BT", "target_BT"))
     for live, known in ((sampling, 0), (scoring, new), (measuring, 0)):

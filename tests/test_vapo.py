@@ -287,7 +287,7 @@ def test_the_numbers_of_the_paper_are_the_defaults():
         "lr": 1e-6, "critic_lr": 2e-6, "alpha": 0.05, "lam_policy": 0.95, "lam_critic": 1.0,
         "eps_low": 0.2, "eps_high": 0.28, "mu": 0.1, "samples": 16, "reward_correct": 1.0,
         "reward_wrong": 0.0, "temperature": 1.0, "max_grad_norm": 1.0, "warmup": 10,
-        "whiten": False, "is_clip": None, "eval_top_p": 1.0,
+        "is_clip": None, "eval_top_p": 1.0,
     }  # fmt: skip
     assert {name: getattr(settings, name) for name in paper} == paper
     assert settings.rollout_shape() == (32, 16)

@@ -1,7 +1,6 @@
 """bench.py: both sides of a comparison do the same work, and the table says what was measured."""
 
 import json
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -41,7 +40,6 @@ def test_sampling_and_update_in_a_small_world(world):
     sampling, update = bench.main([*flags, "--parts", "sampling", "update"])
     assert sampling["against"] == "--engine hf" and update["against"] == "16 rows, whole logits"
     assert all(line["unit"] == "tok/s" and line["ratio"] > 0 for line in (sampling, update))
-    assert re.fullmatch(r"update, 0\.00 of 0\.00 GB planned, 0\.00", update["part"])
 
 
 def test_the_share_of_the_devices_limit_by_hand(monkeypatch):
@@ -78,15 +76,6 @@ def test_both_sides_of_the_update_make_the_same_gradients(world, monkeypatch):
         assert len(ours) == len(theirs) > 0
         for one, other in zip(ours, theirs):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-
-
-def test_the_peak_is_of_what_is_alive_at_once():
-    def function():
-        for _ in range(3):
-            torch.zeros(1000)
-        return torch.zeros(500), torch.zeros(250)
-
-    assert bench.peak_gigabytes(function) == 4 * 1000 / 1e9
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ BAD_FLAGS = [
     (["--preset=grpo", "--critic=nowhere"], "--critic_free has no use for --critic"),
     (["--preset=grpo", "--critic=truth"], "--critic_free has no use for --critic"),
     (["--preset=grpo", "--no_decoupled_gae"], "no use for --no_decoupled_gae"),
-    (["--preset=dapo", "--whiten"], "no use for --whiten"),
+    (["--preset=dapo", "--critic_surprise"], "no use for --critic_surprise"),
     (["--overlong=2"], "--overlong must be between 0 and 1"),
     (["--train=nowhere.jsonl"], "nowhere.jsonl"),
     (["--test="], "--test FILE"),
@@ -346,7 +346,7 @@ def test_half_a_config_is_refused(tmp_path, capsys):
 
 
 def test_what_a_run_was_told_comes_back_from_its_config(tmp_path):
-    told = train_vapo.Settings(lr=3e-5, is_clip=2.0, prompt_template="«{problem}»", whiten=True)
+    told = train_vapo.Settings(lr=3e-5, is_clip=2.0, prompt_template="«{problem}»")
     settings.save_config(tmp_path, told, torch.device("cpu"))
     assert settings.load_config(train_vapo.Settings, tmp_path) == told
     on = json.loads((tmp_path / "config.json").read_text())["on"]

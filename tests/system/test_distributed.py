@@ -80,7 +80,7 @@ def test_gradients_are_those_of_one_process_whatever_the_split(world, tmp_path, 
     few = table.take(rows, torch.arange(5))  # a rank has two rows, or micro-batches are halved
     common = {"train": "t", "test": "t", "alpha": 0.5, "mu": 1.0, "prompts": 6, "samples": 4,
               "mini_batch": 8}  # fmt: skip
-    other = {"whiten": True, "token_level_loss": False, "gradient_checkpointing": True}
+    other = {"token_level_loss": False, "gradient_checkpointing": True}
     tasks = [(base, rows, {"micro_batch_tokens": 60}), (base, ragged, {"micro_batch_tokens": 100}),
              (base, few, {"micro_batch_tokens": 10_000}),
              (base, rows, {"micro_batch_tokens": 100} | other),
