@@ -45,11 +45,16 @@ def test_the_table_is_computed_from_the_files_as_by_hand(tmp_path):
         "vapo-0": curve(0.4, 0.7, 0.8, 0.9), "vapo-1": late,
         "dapo-0": curve(0.3, 0.4, 0.5, 0.7, answers=150),
         "dapo-1": curve(0.3, 0.4, 0.5, 0.6, answers=150),
-        "no_such_row-0": curve(0.1),
+        "perfect_critic-0": curve(0.4, 0.4, 0.5, 0.688), "300_dapo-0": curve(0.5),
+        "300_perfect_critic-0": curve(0.6), "no_such_row-0": curve(0.1),
     })  # fmt: skip
     runs = report.main([f"--out={out}"])
-    assert len(runs) == 4
+    assert len(runs) == 7
+    # 0.688 − 0.65, and trained (0.4 + 0.4 + 0.5 + 0.688) / 8 − 0.23125; then 0.3 − 0.25, 0.6 − 0.5
     text = (out / "README.md").read_text()
+    few = ": below 0.05, so this world cannot reward a better critic."
+    assert f"leads DAPO by +0.017 in the mean, +0.038 in the end{few}" in text
+    assert "leads DAPO by +0.050 in the mean, +0.100 in the end.\n" in text
     # Finals 0.9 and 0.7: mean 0.8, s = √0.02, half = 12.706 · √0.02 / √2 = 1.2706. Trained at half
     # of the accuracies: means 0.35 and 0.3, half = 12.706 · 0.05 / 2
     assert (
@@ -58,7 +63,7 @@ def test_the_table_is_computed_from_the_files_as_by_hand(tmp_path):
     )
     # 0.7 − 0.9 and 0.6 − 0.7: mean −0.15, half = 12.706 · 0.05; trained: −0.1125 and −0.075
     said = "| DAPO | 0.231 ± 0.079 | 0.650 ± 0.635 | -0.094 ± 0.238 | -0.150 ± 0.635 |"
-    assert said in text and "4 runs; revision abc." in text
+    assert said in text and "7 runs; revision abc." in text
     for name in ("methods.png", "critics.png"):
         assert (out / name).stat().st_size > 5000
 
