@@ -4,9 +4,8 @@
     python -m lab.bench --parts vllm               # one of them, where vLLM is installed
     python -m lab.bench --model DIR --train FILE   # and any other flag of train_vapo.py
 
-Both sides have the same inputs, in one process, and take turns. A line has the median speed of each
-and how many times as fast ours is: the median of the turns' ratios, their lowest and highest. Then
-comes what share of the device's limits is reached.
+Both sides have the same inputs, in one process, and take turns. A line has both median speeds and
+the turns' ratios, ours to the other: median, lowest, highest. Last: shares of the device's limits.
 """
 
 import time

@@ -30,9 +30,8 @@ def error_of_replicates(bits, block, y):
     """(σ, degrees of freedom) of one run, from the combinations that were run in two blocks.
     d = y in one block − y in the other; σ² = Σ (d − mean of d)² / (2 (n − 1))."""
     of = dict(zip(zip(bits, block), y))
-    d = [
-        of[run, 0] - of[run, 1] for run in dict.fromkeys(bits) if (run, 0) in of and (run, 1) in of
-    ]
+    both = [run for run in dict.fromkeys(bits) if {(run, 0), (run, 1)} <= of.keys()]
+    d = [of[run, 0] - of[run, 1] for run in both]
     n = len(d)
     return (sqrt(np.var(d, ddof=1) / 2), n - 1) if n > 1 else (nan, 0)
 

@@ -88,7 +88,7 @@ def ceiling(runs, rows):
     """What a better critic could bring in a world: by how much a perfect one leads DAPO there."""
     mean = runs.groupby("row")[list(RESPONSES)].mean()
     pair = [row for end in ("perfect_critic", "dapo") for row in rows if row.endswith(end)]
-    if len(pair) < 2 or not mean.index.isin(pair).sum() == 2:
+    if len(pair) < 2 or mean.index.isin(pair).sum() < 2:
         return []
     lead = mean.loc[pair[0]] - mean.loc[pair[1]]
     few = ": below 0.05, so this world cannot reward a better critic" * bool(lead.max() < 0.05)
@@ -159,11 +159,10 @@ def cube_text(found, runs, log, out):
     text.append(f"{len(fell)} runs fell below half of their best training accuracy.")
     names = ["step", "accuracy", "explained_variance", "ratio_max", "length", "entropy"]
     for run in fell[:2].itertuples():
-        lines = log[(log["row"] == run.row) & (log["seed"] == run.seed)].set_index(
-            "step", drop=False
-        )
-        near = lines.loc[max(1, run.collapse - 4) : run.collapse + 2].reindex(columns=names)
-        table = markdown(names, [[f"{y:.3g}" for y in line] for line in near.to_numpy()])
+        own = log[(log["row"] == run.row) & (log["seed"] == run.seed)]
+        near = own["step"].between(max(1, run.collapse - 4), run.collapse + 2)
+        cells = own[near].reindex(columns=names).to_numpy()
+        table = markdown(names, [[f"{y:.3g}" for y in line] for line in cells])
         text += [f"What came first in {run.row}, seed {run.seed}:", table]
     return text
 

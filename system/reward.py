@@ -89,10 +89,8 @@ def checked(function, seconds, answers):
         good = isinstance(number, Real) and type(number) is not bool and abs(number) < 1e30
         good &= type(correct) is bool or (correct is None and problem["answer"] != "")
         told = f"{said} {value!r:.60}, asked about {problem['where']}"
-        wants = (
-            "a finite number, or that and a bool: is it correct? (a must where there is no answer)"
-        )
-        require(good, f"{told}: wants {wants}")
+        wants = "a finite number, or that and a bool: is it correct?"
+        require(good, f"{told}: wants {wants} (a must where there is no answer)")
         found.append((float(number), correct))
         by = "the verifier" if correct is None else "the function's bool"
         say_once(f"--reward: whether an answer is correct, {by} says")
