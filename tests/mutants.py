@@ -57,6 +57,7 @@ NUMBERS = "test_table.py::test_the_numbers_of_a_rollout_by_hand"
 CUT = "test_table.py::test_what_is_cut_out_of_rows_and_put_together_again"
 SURPRISE = "test_model.py::test_a_critic_reads_how_unlikely_the_tokens_were"
 EFFECTS = "lab/test_effects.py"
+REPORT = "lab/test_report.py::test_the_table_is_computed_from_the_files_as_by_hand"
 PRESETS = "test_vapo.py::test_each_preset_as_a_line_of_literals"
 EVALUATED = "test_evaluate.py::test_temperature_and_top_p_of_evaluations_are_their_own"
 OBJECTIVE = "test_value.py::test_value_looks_before_every_token_and_reward_after_the_last"
@@ -428,7 +429,7 @@ QUICK = [
     ("lab/plan.py", "(4, 4): 24, (2, 2): 16", "(4, 4): 16, (2, 2): 24", "lab/test_plan.py"),
     ("lab/plan.py", "tied = 3 * head", "tied = head", "lab/test_plan.py"),
     ("lab/plan.py", "s.size * (3 * s.layer", "s.size * (2 * s.layer", "lab/test_plan.py"),
-    ("lab/report.py", "lead.max() < 0.05", "lead.max() > 0.05", "lab/test_report.py"),
+    ("lab/report.py", "lead.max() < 0.05", "lead.max() > 0.05", REPORT),
     ("lab/effects.py", "signs(bits, sets) / 2", "signs(bits, sets)", EFFECTS),
     ("lab/effects.py", "ddof=1) / 2)", "ddof=1))", EFFECTS),
     ("lab/effects.py", "len(set_) >= 4", "len(set_) >= 1", EFFECTS),
