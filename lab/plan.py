@@ -101,7 +101,7 @@ def counted(asked):
         layers=layers, layer=(trunk - first.numel()) // layers, words=last.shape[0],
         embeddings=first.numel() + (0 if first is last else last.numel()), heads=heads,
         key_value_heads=kept, head=head, width=text.hidden_size, queries=heads * head,
-        keys=kept * head, mlp=text.intermediate_size,
+        keys=kept * head, mlp=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
     )  # fmt: skip
 
 

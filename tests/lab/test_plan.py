@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import fails_with
 from live import Live
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 import logprobs
 import model
@@ -280,6 +280,16 @@ def test_a_plan_needs_a_config_and_nothing_else(tmp_path, capsys):
     critic_free = plan.main([*flags, "--gpus=8", "--preset=grpo"])
     assert "critic 0;" in capsys.readouterr().out
     assert critic_free["gigabytes"][1] < found["gigabytes"][1]
+
+
+def test_a_model_whose_config_has_other_names_has_a_plan(tmp_path):
+    """GPT-2's gives no width of the MLP, which is then four times the model's."""
+    own = {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 99, "eos_token_id": 1}
+    GPT2Config(**own, bos_token_id=None).save_pretrained(tmp_path)
+    asked = Settings(model=str(tmp_path), prompt_length=32, response_length=64)
+    s = plan.shapes(asked)
+    assert (s.width, s.mlp, s.heads, s.keys) == (64, 256, 2, 64)
+    assert plan.report(asked)["fits"]
 
 
 def test_a_plan_says_what_it_said_before(large, capsys):
