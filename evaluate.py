@@ -99,16 +99,12 @@ def problem_results(rows, tokenizer, problems, samples, bare_number=False):
     return results
 
 
-@torch.no_grad()
 def describe_samples(critic, tokenizer, problems, rows, samples, tokens=0, world=None):
     """Two answers to each of the first four problems, with verdict and, of a critic, V, read
     `tokens` at a time; in an embedded world with the reward that is to be expected there."""
     index = [i for i in range(min(4 * samples, len(rows["length_B"]))) if i % samples < 2]
     part = table.take(rows, torch.tensor(index))
-    value_BT = torch.zeros(len(index), int(part["length_B"].max()) if critic else 0)
-    for i in table.micro_batches(part, tokens) if critic else ():  # on all ranks
-        found_BT = model.critic_values(critic, table.take(part, i, critic.device)).cpu()
-        value_BT[i, : found_BT.shape[1]] = found_BT
+    value_BT = model.all_values(critic, part, tokens) if critic else torch.zeros(len(index), 0)
     if rest := world and [i for i in range(len(rows["length_B"])) if i not in index]:
         others = table.take(rows, torch.tensor(rest))  # no answer's own outcome is in its truth
         true_BT = toy.perfect_values(world, problems, tokenizer, others, part)

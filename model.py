@@ -14,7 +14,7 @@ import torch
 import logprobs
 from problems import prompted_problems, repeated
 from system import loading
-from system.distributed import add_up, deal, gathers
+from system.distributed import add_up, deal, gathers, world
 from system.loading import autocast, surprise_of, value_head
 from system.run import kernel, pick_device
 from table import micro_batches, response_mask, response_tokens, take
@@ -107,9 +107,10 @@ def all_logprobs(policy, rows, temperature, tokens, compile=False):
 
 
 def over_rows(function, rows, tokens, device):
-    """Columns [B, T] of all rows from those of function(part), dealt out to the ranks."""
-    columns_BT = []
-    for index in deal(micro_batches(rows, tokens)):
+    """Columns [B, T] of all rows from those of function(part), dealt out to the ranks; of fewer
+    rows than ranks each makes them all."""
+    columns_BT, parts, few = [], micro_batches(rows, tokens), len(rows["length_B"]) < world()
+    for index in parts if few else deal(parts):
         part = take(rows, index, device)
         mask_BT = response_mask(part)
         found_BT = function(part)
@@ -117,5 +118,6 @@ def over_rows(function, rows, tokens, device):
         columns_BT = columns_BT or [torch.zeros_like(response_mask(rows)) for _ in found_BT]
         for column_BT, own_BT in zip(columns_BT, found_BT):
             column_BT[index, : mask_BT.shape[1]] = (own_BT * mask_BT).to(column_BT.device)
-    add_up(*columns_BT)
+    if not few:
+        add_up(*columns_BT)
     return columns_BT

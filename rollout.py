@@ -1,10 +1,9 @@
 """Sampling many answers to many prompts, and judging them: a rollout, as a table of rows.
 
     collect                  a whole rollout; with dynamic sampling, batches until it is full
-      judged_batch           answers to the next problems of the queue
-        judged               sampled, and judged
-          sample             by one of three engines of the same distribution: slots, hf, vllm
-          judge              verdict and reward
+      judged                 answers to the next problems of the queue: sampled, and judged
+        sample               by one of three engines of the same distribution: slots, hf, vllm
+        judge                verdict and reward
 
 Shapes: B = P·G rows for P prompts with G samples each, the samples of one prompt side by side;
 L prompt + response tokens; T response tokens.
@@ -17,13 +16,13 @@ from tqdm import tqdm
 
 import dapo
 import table
-from model import policy_logprobs
+from model import all_logprobs
 from system import distributed, loading, reward
 from system.equality import equal
 from system.generate import sample_with_generate
 from system.math_equality import MathEquality
 from system.run import BadInput
-from system.slots import draw, sample_in_slots
+from system.slots import sample_in_slots
 from verifier import verify
 
 SCORED_TOKENS = 16384  # of a forward pass, where `generate` has no log-probs to give
@@ -48,7 +47,12 @@ def collect(sampler, tokenizer, problems, verify, settings, generators, progress
             said += f" {len(correct)} batches of them: the problems are too easy or too hard for"
             said += " this policy by now; raise --dynamic_sampling, or take other problems"
             raise BadInput(f"dynamic sampling {said}")
-        rows = judged_batch(sampler, tokenizer, problems, verify, settings, generators, progress)
+        chosen = next_problems(len(problems), prompts, progress, generators["order"])
+        how = (samples, settings, generators["sample"], "sampling")
+        rows = judged(sampler, tokenizer, problems, chosen, verify, *how)
+        if cache := round(settings.overlong * settings.response_length):  # beside the verdict
+            length_B, longest = rows["length_B"], settings.response_length
+            rows["reward_B"] += dapo.overlong_punishment(length_B, longest, cache)
         correct.append(rows["correct_B"].float().mean().item())
         if settings.dynamic_sampling:
             mixed_B = dapo.mixed_groups(rows["correct_B"], samples)
@@ -59,18 +63,6 @@ def collect(sampler, tokenizer, problems, verify, settings, generators, progress
         kept += len(rows["length_B"]) // samples
     drawn = {"accuracy": sum(correct) / len(correct), "generations": len(correct)}
     return table.concatenate(parts), drawn | {"answers": len(correct) * prompts * samples}
-
-
-def judged_batch(sampler, tokenizer, problems, verify, settings, generators, progress):
-    """One batch of judged answers to the next problems. DAPO punishes length beside the verdict."""
-    prompts, samples = settings.rollout_shape()
-    chosen = next_problems(len(problems), prompts, progress, generators["order"])
-    how = (samples, settings, generators["sample"], "sampling")
-    rows = judged(sampler, tokenizer, problems, chosen, verify, *how)
-    if cache := round(settings.overlong * settings.response_length):
-        length_B, longest = rows["length_B"], settings.response_length
-        rows["reward_B"] += dapo.overlong_punishment(length_B, longest, cache)
-    return rows
 
 
 def judged(sampler, tokenizer, problems, chosen, verify, samples, settings, generator, label):
@@ -111,21 +103,16 @@ def sample(
     eos_N = torch.tensor(loading.eos_ids(policy, tokenizer), device=device)
     hidden = progress is None or distributed.rank() > 0
     bar = tqdm(total=len(own) * samples, desc=progress, unit="answer", disable=hidden, leave=False)
+    how = (own, samples, max_tokens, temperature, top_p, generator, eos_N)
     if not own and engine != "vllm":  # fewer problems than ranks; vLLM's compare their answers
         token_BT = torch.zeros(0, max_tokens, dtype=torch.long, device=device)
         logp_BT = None if engine == "hf" else token_BT.float()
         columns = token_BT, logp_BT, token_BT[:, 0], token_BT[:, 0].bool()
-    elif engine == "slots":
-        pick = partial(draw, temperature=temperature, top_p=top_p)
-        columns = sample_in_slots(
-            policy, own, samples, max_tokens, pick, generator, eos_N, sample_rows, bar
-        )
+    elif engine == "vllm":
+        columns = policy.answers(*how, bar)
     else:
-        how = (own, samples, max_tokens, temperature, top_p, generator, eos_N)
-        if engine == "vllm":
-            columns = policy.answers(*how, bar)
-        else:
-            columns = sample_with_generate(policy, *how, sample_rows, bar)
+        sampled = sample_in_slots if engine == "slots" else sample_with_generate
+        columns = sampled(policy, *how, sample_rows, bar)
     bar.close()
     columns = [column if column is None else column.cpu() for column in columns]
     token_BT, logp_BT, length_B, stop_B = distributed.gather_columns(columns)
@@ -143,11 +130,7 @@ def sample(
         "problem_B": torch.arange(len(prompts)).repeat_interleave(samples),
     }  # fmt: skip
     if logp_BT is None:
-        logp_BT = torch.zeros(off_BT.shape)
-        for index in table.micro_batches(rows, SCORED_TOKENS):
-            part = table.take(rows, index, device)
-            width = int(part["length_B"].max())
-            logp_BT[index, :width] = policy_logprobs(policy, part, temperature or 1.0)[0].cpu()
+        logp_BT, _ = all_logprobs(policy, rows, temperature or 1.0, SCORED_TOKENS)
     rows["sampled_logp_BT"] = logp_BT[:, :longest].masked_fill(off_BT, 0.0)
     return rows
 

@@ -32,6 +32,7 @@ Shapes: B rows; L prompt + response tokens; T response tokens.
 """
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from gae import explained_variance
 
@@ -63,15 +64,9 @@ def take(rows, index_N, device=None):
 
 def concatenate(parts):
     """Rows below rows, padded with zeros to the widest."""
-    together = {}
-    for name in parts[0]:
-        columns = [part[name] for part in parts]
-        if columns[0].dim() == 2:
-            width = max(column.shape[1] for column in columns)
-            pad = torch.nn.functional.pad
-            columns = [pad(column, (0, width - column.shape[1])) for column in columns]
-        together[name] = torch.cat(columns)
-    return together
+    columns = {name: [row for part in parts for row in part[name]] for name in parts[0]}
+    return {name: pad_sequence(rows, True) if rows[0].dim() else torch.stack(rows)
+            for name, rows in columns.items()}  # fmt: skip
 
 
 def mini_batches(rows, size, generator):

@@ -8,12 +8,12 @@ Both sides have the same inputs, in one process, and take turns. A line has both
 the turns' ratios, ours to the other: median, lowest, highest. Last: shares of the device's limits.
 """
 
-import time
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 
 import torch
+from torch.utils.benchmark import timer
 
 import gae
 import losses
@@ -28,22 +28,19 @@ from system.settings import flag
 from train_value import value_gradients
 
 
-def seconds(function, device):
+def seconds(function):
     """(wall-clock seconds of one call, the device's work included; what it returned)."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    started, result = time.perf_counter(), function()
-    wait()
-    return time.perf_counter() - started, result
+    started, result = timer(), function()  # timer waits for the device
+    return timer() - started, result
 
 
-def side_by_side(title, against, ours, theirs, repeats, device):
+def side_by_side(title, against, ours, theirs, repeats):
     """Prints and returns one line of the table, a dict.
     ours, theirs: functions; of those that return rows, response tokens a second count."""
     speeds = [], []
     for _ in range(repeats):
         for side, function in zip(speeds, (ours, theirs)):
-            taken, rows = seconds(function, device)
+            taken, rows = seconds(function)
             per_token = isinstance(rows, dict)
             side.append((int(rows["length_B"].sum()) if per_token else 1) / taken)
     ratios = [mine / other for mine, other in zip(*speeds)]
@@ -90,7 +87,7 @@ def bench_sampling(engine, asked, generator):
 
 
 def scored(asked, generator):
-    """(what samples, policy, a critic, a mini-batch scored as by train_vapo.train, asked)."""
+    """(policy, a critic, a mini-batch scored as by train_vapo.train, asked)."""
     policy, tokenizer, (problems,) = model.set_up(asked, [asked.train])
     sampler = loading.sampling_copy(policy)
     rows = sample(sampler, tokenizer, problems[: asked.prompts], asked, generator)
@@ -99,7 +96,7 @@ def scored(asked, generator):
     torch.nn.init.normal_(loading.value_head(critic).weight, std=0.1)  # at 0 no gradient passes
     train_vapo.score(policy, critic, rows, asked)
     train_vapo.advantages(rows, asked)
-    return sampler, policy, critic, rows, asked
+    return policy, critic, rows, asked
 
 
 def update(policy, critic, rows, asked, plain=False):
@@ -128,10 +125,8 @@ def update(policy, critic, rows, asked, plain=False):
 
 def bench_update(asked, generator):
     """Response tokens a second of a mini-batch, forward and backward of policy and critic."""
-    _, *inputs = scored(asked, generator)
-    ours = partial(update, *inputs)
-    theirs = partial(ours, plain=True)
-    return "update", "16 rows, whole logits", ours, theirs
+    ours = partial(update, *scored(asked, generator))
+    return "update", "16 rows, whole logits", ours, partial(ours, plain=True)
 
 
 def of_the_limit(asked, speeds, device):
@@ -141,7 +136,7 @@ def of_the_limit(asked, speeds, device):
     s, size = plan.shapes(asked), 2 ** (13 if device.type == "cuda" else 10)
     full = torch.zeros(size, size, device=device)
     half = full.bfloat16()
-    copied, product = (min(seconds(function, device)[0] for _ in range(5))
+    copied, product = (min(seconds(function)[0] for _ in range(5))
                        for function in (full.clone, partial(torch.mm, half, half)))  # fmt: skip
     kept = s.token * (asked.prompt_length + asked.response_length / 2)
     moved = speeds["sampling"] * (s.policy * s.size / s.slots + kept)
@@ -179,7 +174,7 @@ def main(argv=None):
     print("bench: " + ", ".join(f"{name} {value}" for name, value in on.items()))
     for part in map(PARTS.get, asked.parts):
         generator = run.seeded_generator(0, "bench", device)
-        lines.append(side_by_side(*part(asked, generator), asked.repeats, device))
+        lines.append(side_by_side(*part(asked, generator), asked.repeats))
     speeds = {line["part"].partition(",")[0]: line["ours"] for line in lines}
     shares = of_the_limit(asked, speeds, device) if {"sampling", "update"} <= speeds.keys() else {}
     print("".join(f"{name}: {share:.1%}\n" for name, share in shares.items()), end="")

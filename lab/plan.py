@@ -31,16 +31,11 @@ class Settings(train_vapo.Settings):
     gpus: int = flag(1, "how many GPUs", AT_LEAST_1)
     gpu_memory: float = flag(80.0, "GB of one GPU", POSITIVE)
     # fmt: on
+    PACKAGES = ()  # a plan needs none, no problems, and no CUDA
 
     def check(self):
         run.require(bool(self.model), "give --model: a directory or hub name")
-        parallel, vllm = self.tensor_parallel, self.engine == "vllm"
-        said = f"--tensor_parallel {parallel} is for --engine vllm, and --gpus a multiple of it"
-        run.require(parallel == 1 or (vllm and self.gpus % parallel == 0), said)
-        # A plan needs no problems, no CUDA, and no other packages.
-        planned = {"train": "-", "test": "-", "device": "cpu", "engine": "hf"}
-        planned |= {"tensor_parallel": 1, "verifier": "exact"}
-        super(Settings, replace(self, **planned)).check()
+        super(Settings, replace(self, train="-", test="-", device="cpu")).check()
 
     def processes(self):
         return self.gpus
@@ -80,12 +75,14 @@ def rows_of(tokens, length, answers):
     return rows, min(length, max(tokens, length) // rows)
 
 
-def counted(asked):
-    """Numbers of the model by its config: parameters, and the widths that the formulas take.
-    Raises: BadInput without a config, a causal LM for it, or the checkpointing asked for."""
+def shapes(asked):
+    """Numbers of the model by its config (parameters, and the widths that the formulas take), and
+    of one GPU's part of the step. Raises: BadInput without a config, a causal LM for it, or the
+    checkpointing asked for."""
     config, make = loaded(AutoConfig.from_pretrained, asked.model), AutoModelForCausalLM.from_config
     text = config.get_text_config()
-    require_positions(text, asked.prompt_length + asked.response_length, asked.model)
+    length = asked.prompt_length + asked.response_length
+    require_positions(text, length, asked.model)
     with torch.device("meta"):
         network = loaded(lambda _, **how: make(config), asked.model)
         policy, trunk = network.num_parameters(), network.base_model.num_parameters()
@@ -95,38 +92,30 @@ def counted(asked):
     heads, layers = text.num_attention_heads, text.num_hidden_layers
     head = getattr(text, "head_dim", None) or text.hidden_size // heads
     kept = getattr(text, "num_key_value_heads", None) or heads
-    return SimpleNamespace(
-        policy=policy, critic=0 if asked.critic_free else trunk + last.shape[1] + 1,
-        adapters=sum(weight.numel() for weight in lora.trained(network)), trunk=trunk,
-        layers=layers, layer=(trunk - first.numel()) // layers, words=last.shape[0],
-        embeddings=first.numel() + (0 if first is last else last.numel()), heads=heads,
-        key_value_heads=kept, head=head, width=text.hidden_size, queries=heads * head,
-        keys=kept * head, mlp=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-    )  # fmt: skip
-
-
-def shapes(asked):
-    """`counted`, and one GPU's part of the step."""
-    model, low, several = counted(asked), asked.dtype != "float32", asked.gpus > 1
-    vllm, together, size = asked.engine == "vllm", asked.tensor_parallel, 2 if low else 4
-    length = asked.prompt_length + asked.response_length
-    learns, frozen = model.policy + model.critic, 0
+    low, several, together = asked.dtype != "float32", asked.gpus > 1, asked.tensor_parallel
+    vllm, size = asked.engine == "vllm", 2 if low else 4
+    critic = 0 if asked.critic_free else trunk + last.shape[1] + 1
+    learns, frozen = policy + critic, 0
     if asked.lora:  # the adapters of both, and the critic's head
-        frozen = model.policy + bool(model.critic) * model.trunk
-        learns = (1 + bool(model.critic)) * model.adapters + learns - frozen
-    # Of keys and values; whole heads.
-    token = 2 * model.layers * -(-model.key_value_heads // together) * model.head * size
+        adapters = sum(weight.numel() for weight in lora.trained(network))
+        frozen = policy + bool(critic) * trunk
+        learns = (1 + bool(critic)) * adapters + learns - frozen
+    token = 2 * layers * -(-kept // together) * head * size  # of keys and values; whole heads
     prompts, samples = asked.rollout_shape()
     here, updates = -(-prompts // asked.gpus), -(-prompts * samples // asked.mini_batch)
     slots, share = min(asked.sample_rows, here * samples * together), 0
     # One GPU samples from the policy itself where that is in the right dtype.
-    copied = model.policy * size / together * (vllm or (low and not asked.lora) or several)
+    copied = policy * size / together * (vllm or (low and not asked.lora) or several)
     if vllm:  # its share, and as many answers as have room in it
         share = asked.vllm_memory * asked.gpu_memory * 1e9
         slots = max(0, min(slots, int((share - copied) // (length * token))))
     updated = -(-prompts * samples // updates // asked.gpus)
     return SimpleNamespace(
-        **vars(model), learns=learns, frozen=frozen, size=size, token=token, copied=copied,
+        policy=policy, critic=critic, layers=layers, layer=(trunk - first.numel()) // layers,
+        embeddings=first.numel() + (0 if first is last else last.numel()), heads=heads,
+        words=last.shape[0], width=text.hidden_size, queries=heads * head, keys=kept * head,
+        mlp=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        learns=learns, frozen=frozen, size=size, token=token, copied=copied,
         share=share, length=length, slots=slots, updates=updates, updated=updated, prompts=here,
         answers=here * samples, micro=rows_of(asked.micro_batch_tokens, length, updated),
         held=size if several or asked.lora else 4,  # FSDP casts weights; autocast keeps both

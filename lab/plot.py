@@ -6,7 +6,6 @@
 A run is a table, a row a line of metrics.jsonl.
 """
 
-import sys
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -74,9 +73,7 @@ def draw(path, size, panels, rows=1):
 
 @run.exit_on_bad_input
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    positional = argv and not argv[0].startswith("-")
-    asked = settings.parse(Settings, ["--runs", *argv] if positional else argv, __doc__)
+    asked = settings.parse(Settings, argv, __doc__, first="--runs")
     run.require(bool(asked.runs), "give a run directory: python -m lab.plot runs/NAME")
     need("pandas", "matplotlib")
     import pandas

@@ -7,7 +7,6 @@ the same stands below it for the V that is true. The page without its data is vi
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,9 +62,7 @@ def page(name, config, answers):
 
 @run.exit_on_bad_input
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    positional = argv and not argv[0].startswith("-")
-    asked = settings.parse(Settings, ["--run", *argv] if positional else argv, __doc__)
+    asked = settings.parse(Settings, argv, __doc__, first="--run")
     run.require(bool(asked.run), "give a run directory: python -m lab.view runs/NAME")
     run_dir, path = Path(asked.run), Path(asked.run, "view.html")
     try:

@@ -85,6 +85,7 @@ class SamplingSettings(Settings):
     sample_rows: int = flag(256, "answers that are sampled side by side", AT_LEAST_1)
     vllm_memory: float = flag(0.3, "vllm: share of a GPU's memory", ABOVE_0_SHARE, may_change=True)
     tensor_parallel: int = flag(1, "vllm: GPUs that hold one copy", AT_LEAST_1, may_change=True)
+    PACKAGES = (("verifier", "math_verify"), ("engine", "vllm"))  # flag, value that needs one
 
     def check(self):
         super().check()
@@ -92,7 +93,7 @@ class SamplingSettings(Settings):
         require(parallel == 1 or self.engine == "vllm", "--tensor_parallel is for --engine vllm")
         said = f"the number of processes (torchrun), {processes}, is no multiple of it"
         require(processes % parallel == 0, f"--tensor_parallel {parallel}: {said}")
-        for name, module in (("verifier", "math_verify"), ("engine", "vllm")):
+        for name, module in self.PACKAGES:
             there = getattr(self, name) != module or importlib.util.find_spec(module)
             package = module.replace("_", "-")
             require(there, f"--{name} {module} needs the package {package}: pip install {package}")
@@ -127,8 +128,11 @@ class TrainingSettings(SamplingSettings):
         require(there, "--lora needs the package peft: pip install peft")
 
 
-def parse(settings_class, argv, description, defaults=None):
-    """Flags → a frozen dataclass; `defaults` in the place of the fields' own. Raises: BadInput."""
+def parse(settings_class, argv, description, defaults=None, first=""):
+    """Flags → a frozen dataclass; `defaults` in the place of the fields' own. Raises: BadInput.
+    `first`, a flag that the first arguments are of where they name none."""
+    argv = sys.argv[1:] if argv is None else argv
+    argv = [first, *argv] if first and argv and not argv[0].startswith("-") else argv
     module = getattr(sys.modules["__main__"].__spec__, "name", "")
     script = f"-m {module}" if module.startswith("lab.") else "%(prog)s"
     usage = f"python {script} [@FILE with flags] [--flag value] ..."

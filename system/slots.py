@@ -26,9 +26,11 @@ CACHE = "cache" if tuple(map(int, __version__.split(".")[:2])) >= (5, 24) else "
 STEPS_UNSEEN = {"cpu": 1, "cuda": 8}  # tokens until the host looks at what has ended
 
 
-def sample_in_slots(policy, prompts, samples, max_tokens, pick, generator, eos_N, slots, bar):
-    """`samples` answers to each prompt (token ids).
-    Args: pick, a function (logit_RV, generator) → (token_R, logp_R); eos_N, what ends an answer.
+def sample_in_slots(
+    policy, prompts, samples, max_tokens, temperature, top_p, generator, eos_N, slots, bar
+):
+    """`samples` answers to each prompt (token ids), each token as `draw` has it.
+    Args: eos_N, what ends an answer; slots, answers side by side; bar, a tqdm bar.
     Returns: (token_BT, logp_BT, length_B, stop_B), columns past an answer's end undefined."""
     device, answers = policy.device, len(prompts) * samples
     slots = min(slots, answers)
@@ -62,7 +64,7 @@ def sample_in_slots(policy, prompts, samples, max_tokens, pick, generator, eos_N
                     position_ids=position_R[:, None], use_cache=True, **{CACHE: cache},
                 ).logits[:, -1]  # fmt: skip
             cache.move_to(cache.now + 1)
-            last_R, logp_R = pick(logit_RV, generator)
+            last_R, logp_R = draw(logit_RV, generator, temperature, top_p)
             t_R = length_B[row_R].clamp(max=max_tokens - 1)
             token_BT[row_R, t_R], logp_BT[row_R, t_R] = last_R, logp_R
             length_B[row_R] = t_R + 1

@@ -64,7 +64,7 @@ def collect(monkeypatch):
     def collect(batches, prompts, dynamic_sampling):
         source = iter(batches)
 
-        def judged_batch(*_):
+        def judged(*_):
             verdicts = "".join(next(source))
             correct_B = torch.tensor([verdict == "1" for verdict in verdicts])
             length_B = torch.arange(1, len(verdicts) + 1)
@@ -75,9 +75,11 @@ def collect(monkeypatch):
                 "token_BL": torch.ones(len(verdicts), len(verdicts) + 1).long(),
             }  # fmt: skip
 
-        monkeypatch.setattr(rollout, "judged_batch", judged_batch)
+        monkeypatch.setattr(rollout, "judged", judged)
+        monkeypatch.setattr(rollout, "next_problems", lambda *_: None)
         how = {"prompts": prompts, "samples": 2, "dynamic_sampling": dynamic_sampling}
-        return rollout.collect(*[None] * 4, train_vapo.Settings(**how), {}, {})
+        generators, settings = {"order": None, "sample": None}, train_vapo.Settings(**how)
+        return rollout.collect(None, None, [], None, settings, generators, {})
 
     return collect
 
@@ -99,7 +101,7 @@ def test_the_punishment_is_by_the_limit_and_beside_the_verdict(monkeypatch):
     how = {"prompts": 1, "samples": 4, "response_length": 100}
     for overlong, rewards in ((0.2, [1, -0.25, 0.5, -0.75]), (0.0, [1, 0, 1, 0])):
         settings = train_vapo.Settings(overlong=overlong, **how)
-        given = rollout.judged_batch(
+        given, _ = rollout.collect(
             None, None, [None], None, settings, {"order": None, "sample": None}, {"queue": [0]}
         )
         assert given["reward_B"].tolist() == pytest.approx(rewards)

@@ -219,7 +219,7 @@ def test_a_slot_is_free_again_as_soon_as_its_answer_ends(policy, tokenizer, prob
         token_R = torch.tensor(next(script)[: len(logit_RV)], device=logit_RV.device)
         return token_R, torch.zeros(len(token_R), device=logit_RV.device)
 
-    monkeypatch.setattr(rollout, "draw", scripted)
+    monkeypatch.setattr(slots, "draw", scripted)
     monkeypatch.setattr(slots, "STEPS_UNSEEN", {"cpu": 1, "cuda": 1})
     rows = draw_answers(policy, tokenizer, problems, samples=1, max_tokens=9, sample_rows=2)
     assert rows["length_B"].tolist() == [5, 1, 3] and rows["stop_B"].all() and len(steps) == 5
@@ -270,7 +270,7 @@ def test_a_row_that_ends_at_the_limit_and_one_that_is_cut_there(
         token_R = torch.tensor(next(script), device=logit_RV.device)
         return token_R, torch.zeros(len(token_R), device=logit_RV.device)
 
-    monkeypatch.setattr(rollout, "draw", scripted)
+    monkeypatch.setattr(slots, "draw", scripted)
     rows = draw_answers(policy, tokenizer, problems, samples=1, max_tokens=3)
     assert rows["length_B"].tolist() == [3, 3, 1]
     assert rows["stop_B"].tolist() == [False, True, True]

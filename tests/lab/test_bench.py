@@ -16,8 +16,8 @@ from system.run import seeded_generator
 def test_the_line_has_medians_and_the_spread_of_the_turns_ratios(monkeypatch, capsys):
     # Ours takes 1, 2 and 4 seconds, the other 3, 3 and 4: ratios 3, 1.5 and 1 for 12 tokens each.
     taken, rows = iter([1, 3, 2, 3, 4, 4]), {"length_B": torch.tensor([5, 7])}
-    monkeypatch.setattr(bench, "seconds", lambda function, device: (next(taken), function()))
-    line = bench.side_by_side("part", "other", lambda: rows, lambda: rows, 3, None)
+    monkeypatch.setattr(bench, "seconds", lambda function: (next(taken), function()))
+    line = bench.side_by_side("part", "other", lambda: rows, lambda: rows, 3)
     assert (line["ratio"], line["lowest"], line["highest"]) == (1.5, 1, 3)
     assert (line["ours"], line["theirs"]) == (6, 4)
     text = capsys.readouterr().out
@@ -49,7 +49,7 @@ def test_the_share_of_the_devices_limit_by_hand(monkeypatch):
     operations too: 2^28 a second."""
     shape = {"policy": 4000, "critic": 3000, "size": 2, "slots": 4, "token": 10}
     monkeypatch.setattr(bench.plan, "shapes", lambda asked: SimpleNamespace(**shape))
-    monkeypatch.setattr(bench, "seconds", lambda function, device: (8.0, None))
+    monkeypatch.setattr(bench, "seconds", lambda function: (8.0, None))
     own = {"prompt_length": 6, "response_length": 8}
     for more, factor in (({}, 6), ({"gradient_checkpointing": True}, 8)):
         how = (bench.Settings(**own, **more), {"sampling": 50.0, "update": 30.0})
@@ -61,7 +61,7 @@ def test_the_share_of_the_devices_limit_by_hand(monkeypatch):
 def test_both_sides_of_the_update_make_the_same_gradients(world, monkeypatch):
     flags = [f"@{world}/train_vapo.args", "--prompts=6", "--samples=4", "--response_length=24"]
     asked = settings.parse(train_vapo.Settings, [*flags, "--device=cpu"], "")
-    _, policy, critic, rows, _ = bench.scored(asked, seeded_generator(0, "test"))
+    policy, critic, rows, _ = bench.scored(asked, seeded_generator(0, "test"))
     shape = plan.shapes(settings.parse(plan.Settings, [*flags, "--device=cpu"], ""))
     assert critic.num_parameters() == shape.critic
     found = []

@@ -169,11 +169,11 @@ def main(repeats=5):
         error, clipped = gradient_error(policy, rows, asked, trainers[best])
         print(f"TRL, seconds of the update by answers of a micro-batch: {times}")
         print(f"gradients: relative difference {error:.1e}, {clipped:.2%} of the tokens clipped")
-        bench.seconds = lambda function, device: function()  # both tell their own time
+        bench.seconds = lambda function: function()  # both tell their own time
         for title, whole in (("updates", False), ("old log-probs too", True)):
             sides = (partial(ours, policy, start, rows, asked, whole),
                      partial(theirs, trainers[best], start, rows, whole))  # fmt: skip
-            bench.side_by_side(title, f"TRL, {best} at a time", *sides, repeats, policy.device)
+            bench.side_by_side(title, f"TRL, {best} at a time", *sides, repeats)
 
 
 if __name__ == "__main__":
