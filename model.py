@@ -36,7 +36,8 @@ def set_up(settings, files, critics=(), policy=None):
         print(f"warning: {said}")
     if policy is None:
         policy = loading.load_policy(settings.model, device, settings.dtype, length)
-        loading.require_same_words(policy, tokenizer, settings.model)
+        known = policy.get_input_embeddings().num_embeddings
+        loading.require_words(known, tokenizer, settings.model)
         policy = loading.shard(policy, device, settings)
     return policy, tokenizer, problems
 

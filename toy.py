@@ -22,6 +22,7 @@ import json
 import math
 import random
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -179,8 +180,8 @@ def defaults(script, model):
     if model:
         return {}
     world = World()
-    with distributed.rank_0_first():
-        return flags_of(script, build(world), world)
+    distributed.on_rank_0(partial(build, world))
+    return flags_of(script, Path(world.out), world)
 
 
 def world_of(path, tokenizer):

@@ -275,9 +275,7 @@ def pretrain(settings, policy=None):
         return best | {"slip_auc": toy.auc(*drops)} if world else {}
 
     metrics, step = fit(settings, out, critic, tokenizer, fit_rows, held_out_rows, truth)
-    with distributed.rank_0_first():
-        if not distributed.rank():
-            (out / "best").rename(out / "critic")
+    distributed.on_rank_0(lambda: (out / "best").rename(out / "critic"))
     checkpoint.remove(out)
     spent, explained = time.time() - started, metrics["explained_variance"]
     print(f"value: kept step {step}, explained variance {explained:.3f}, in {out} ({spent:.0f} s)")

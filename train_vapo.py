@@ -269,7 +269,7 @@ def train(settings, run_dir, policy, critic, tokenizer, problems, test_problems)
         if world and not settings.critic_free:  # the truth is known there
             numbers |= toy.score_critic(world, problems, tokenizer, rows, rows["old_value_BT"])
         numbers |= metrics.means(updates) | metrics.speeds(seconds, rows)
-        numbers["gradient_steps"] = learners["policy"].steps
+        numbers["gradient_steps"] = learners["policy"].scheduler.last_epoch  # none that was skipped
         bar.set_postfix(accuracy=f"{numbers['accuracy']:.2f}", length=f"{numbers['length']:.0f}")
         health.watch(step, numbers, progress)
         last = step == settings.steps

@@ -34,14 +34,11 @@ def save(run_dir, learners, generators, progress):
     directory = Path(run_dir) / "checkpoint" / f"step-{progress['step']:06d}"
     beside = directory.with_name(directory.name + ".tmp")
     rest = {"progress": progress, "generators": {n: g.get_state() for n, g in generators.items()}}
-    for name, learner in learners.items():
-        rest[f"{name}_groups"] = learner.optimizer.state_dict()["param_groups"]
-        rest[f"{name}_scheduler"] = learner.scheduler.state_dict()
     first = not distributed.rank()
     with or_bad_input(directory):
         if first:
             shutil.rmtree(beside, ignore_errors=True)
-        dcp.save(tensors_of(learners), checkpoint_id=beside, no_dist=distributed.world() == 1)
+        dcp.save(state_of(learners), checkpoint_id=beside, no_dist=distributed.world() == 1)
         written = sorted(beside.glob(f"__{distributed.rank()}_*"))
         own = {path.name: checksum(path) for path in written}  # each rank reads what it wrote
     with or_bad_input(directory):
@@ -82,18 +79,12 @@ def resume(run_dir, learners, generators):
     directory = newest(run_dir)
     if directory is None:
         return None
-    rest = read(directory / "rest.pt")
-    known = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    rest, state = read(directory / "rest.pt"), state_of(learners)
     try:
+        dcp.load(state, checkpoint_id=directory, no_dist=distributed.world() == 1)
         for name, learner in learners.items():
-            own = {"state": {}, "param_groups": rest[f"{name}_groups"]}
-            for i, parameter in enumerate(lora.trained(learner.network)):
-                if f"{name}_optimizer/{i}/step" in known:  # a new optimiser has none to be filled
-                    moments = {m: torch.zeros_like(parameter) for m in ("exp_avg", "exp_avg_sq")}
-                    own["state"][i] = {"step": torch.zeros(())} | moments
-            learner.optimizer.load_state_dict(own)
-            learner.scheduler.load_state_dict(rest[f"{name}_scheduler"])
-        dcp.load(tensors_of(learners), checkpoint_id=directory, no_dist=distributed.world() == 1)
+            learner.optimizer.load_state_dict(state[f"{name}_optimizer"])
+            learner.scheduler.load_state_dict(state[f"{name}_scheduler"])
     except (ValueError, KeyError, RuntimeError, dcp.api.CheckpointException) as error:
         wrong = cause(error)
         if not isinstance(wrong, (ValueError, KeyError)) and "Missing key" not in str(wrong):
@@ -107,15 +98,15 @@ def resume(run_dir, learners, generators):
     return rest["progress"]
 
 
-def tensors_of(learners):
-    """Trained weights and optimiser states, a flat dict of each rank's own: dcp.load fills them."""
-    tensors = {}
+def state_of(learners):
+    """Trained weights, optimisers, schedules: each rank's own, for dcp.load to read into."""
+    state = {}
     for name, learner in learners.items():
-        weights = lora.trained_weights(learner.network)
-        tensors |= {f"{name}/{key}": tensor for key, tensor in weights.items()}
-        for i, state in learner.optimizer.state_dict()["state"].items():
-            tensors |= {f"{name}_optimizer/{i}/{key}": tensor for key, tensor in state.items()}
-    return tensors
+        weights = learner.network.state_dict(keep_vars=True).items()
+        state[name] = {key: weight.detach() for key, weight in weights if weight.requires_grad}
+        state[f"{name}_optimizer"] = learner.optimizer.state_dict()
+        state[f"{name}_scheduler"] = learner.scheduler.state_dict()
+    return state
 
 
 def saved(run_dir):
@@ -200,12 +191,10 @@ def keep_bad_batch(run_dir, step, number, batch, metrics, in_a_row):
 
 def export(model, tokenizer, directory):
     """Rank 0 saves model and tokenizer as a directory, all or nothing. Raises: BadInput."""
-    directory = Path(directory)
-    weights = lora.merged_weights(model) or distributed.unsharded_weights(model)
+    directory, weights = Path(directory), lora.whole_weights(model)
     beside = directory.with_name(directory.name + ".tmp")  # the new one and, in the end, the old
-    with distributed.rank_0_first():  # the others may read it afterwards
-        if distributed.rank():
-            return
+
+    def write_whole():
         shutil.rmtree(beside, ignore_errors=True)
         try:
             model.save_pretrained(beside / "new", state_dict=weights)
@@ -218,3 +207,5 @@ def export(model, tokenizer, directory):
             raise BadInput(f"{said}: mend that, or give another --out") from None
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+    distributed.on_rank_0(write_whole)  # the others may read it afterwards

@@ -10,7 +10,6 @@ gradients and optimiser states on each rank. In one process nothing here does an
 
 import os
 import sys
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import wraps
 
@@ -23,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 # How long a collective waits for a rank: longer than one can be behind in sampling.
 TIMEOUT = timedelta(minutes=float(os.environ.get("VAPO_RANK_MINUTES", 60)))
-STATE = {"world": 1, "rank": 0, "control": None, "first": False}  # what torchrun made of this
+STATE = {"world": 1, "rank": 0, "control": None}  # what torchrun made of this
 
 
 def world():
@@ -48,20 +47,6 @@ def start():
         sys.stdout = open(os.devnull, "w")
 
 
-@contextmanager
-def rank_0_first():
-    """Rank 0 does what stands in it, then the others do, and find it done. They may nest."""
-    outermost, STATE["first"] = not STATE["first"], True
-    try:
-        if outermost and rank():
-            from_rank_0("done")
-        yield
-        if outermost and not rank():
-            from_rank_0("done")
-    finally:
-        STATE["first"] = not outermost
-
-
 def from_rank_0(value):
     """Rank 0's value, on all ranks."""
     box = [value]
@@ -71,12 +56,16 @@ def from_rank_0(value):
 
 
 def on_rank_0(function):
-    """What function() returns on rank 0; None on the others, which wait. Raises what it raises."""
-    value = wrong = None
+    """What function() returns on rank 0; None on the others, which wait. Raises what it raises.
+    In it rank 0 is alone, as in one process: what it calls may do the same."""
+    processes, value, wrong = world(), None, None
+    STATE["world"] = 1
     try:
         value = None if rank() else function()
     except Exception as error:
         wrong = error
+    finally:
+        STATE["world"] = processes
     travels = wrong is None or isinstance(wrong, ValueError)
     told = from_rank_0(wrong if travels else RuntimeError(f"on rank 0: {wrong}"))
     if told:
@@ -141,16 +130,7 @@ def gather_columns(columns):
     """All ranks' rows, on every rank: tensors [B] or [B, T], the same T everywhere, or None."""
     if world() == 1:
         return columns
-    counts = all_ranks(len(columns[0]))
-
-    def gathered(column):
-        missing = column.new_zeros(max(counts) - len(column), *column.shape[1:])
-        own = torch.cat([column, missing])
-        parts = [torch.empty_like(own) for _ in counts]
-        dist.all_gather(parts, own)
-        return torch.cat([part[:count] for part, count in zip(parts, counts)])
-
-    return [None if column is None else gathered(column) for column in columns]
+    return [None if own[0] is None else torch.cat(own) for own in zip(*all_ranks(columns))]
 
 
 def shard(network, device, bfloat16=False, head=None):
@@ -195,13 +175,3 @@ def gathers(function):
 def unsharded(tensor):
     """A tensor of all its shards, on every rank (a collective); one that is not sharded, as is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def unsharded_weights(network):
-    """A sharded network's weights, the tied ones once, on rank 0's CPU; None of an ordinary one."""
-    if not isinstance(network, fsdp.FSDPModule):
-        return None
-    to_0 = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = state_dict.get_model_state_dict(network, options=to_0)
-    tied = network.all_tied_weights_keys  # {name: the name under which it is saved}
-    return {name: weight for name, weight in weights.items() if name not in tied}

@@ -18,11 +18,10 @@ class Learner:
         parameters = lora.trained(network)
         self.optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.0, fused=True)
         self.scheduler = schedule(self.optimizer)
-
-    @property
-    def steps(self):
-        """Optimiser steps done, without those that were skipped."""
-        return self.scheduler.last_epoch
+        for weight in parameters:  # as its first step would: a checkpoint is read into them
+            moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+            step = torch.zeros((), device=weight.device)
+            self.optimizer.state[weight] = {"step": step} | moments
 
 
 def warmup(steps):

@@ -93,11 +93,11 @@ def load_critic(path, device, dtype="auto", surprise=False, mean_reward=0.0):
 def read_by_rank_0(kind, path, config, device, dtype, finish):
     """A network of class `kind`, after finish(network). Under torchrun rank 0 alone reads it, onto
     the CPU; on the others it has shapes but no memory."""
+    held = "cpu" if distributed.world() > 1 else device
 
     def read():
         how = {"config": config, "use_safetensors": True, "dtype": torch.float32}
-        network = loaded(kind.from_pretrained, path, **how).eval()
-        network = network if distributed.world() > 1 else network.to(device)
+        network = loaded(kind.from_pretrained, path, **how).eval().to(held)
         finish(network)
         return network
 
@@ -174,12 +174,11 @@ def require_positions(config, length, path):
     require(length <= (longest or length), f"{path} has {longest} positions: {said}")
 
 
-def require_same_words(policy, tokenizer, path):
-    """Raises: BadInput if the tokenizer has words that the policy has no embedding for."""
+def require_words(known, tokenizer, path):
+    """Raises: BadInput if the tokenizer has words that a model of `known` words does not have."""
     words = max(tokenizer.get_vocab().values()) + 1
-    rows = policy.get_input_embeddings().num_embeddings
-    said = f"the tokenizer in {path} has {words} words, its model {rows}: they are not of one kind"
-    require(words <= rows, said)
+    said = f"the model in {path} has {known} words, the policy's tokenizer {words}"
+    require(words <= known, f"{said}: they are not of one kind")
 
 
 def require_critic(path, tokenizer, length):
@@ -187,10 +186,8 @@ def require_critic(path, tokenizer, length):
     config = loaded(AutoConfig.from_pretrained, path)
     require_one_label(config, path)
     critic_class(config)
-    text, words = config.get_text_config(), max(tokenizer.get_vocab().values()) + 1
-    known = getattr(text, "vocab_size", 0)
-    said = f"{path} has {known} words, the policy's tokenizer {words}"
-    require(words <= known, f"{said}: take a critic of the same family")
+    text = config.get_text_config()
+    require_words(getattr(text, "vocab_size", 0), tokenizer, path)
     require_positions(text, length, path)
     if (Path(path) / "tokenizer.json").is_file():
         same = load_tokenizer(path).get_vocab() == tokenizer.get_vocab()

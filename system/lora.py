@@ -37,16 +37,9 @@ def trained(network):
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
-def trained_weights(network):
-    """The state dict, without what is frozen."""
-    every = dict(network.named_parameters(remove_duplicate=False))
-    weights = network.state_dict().items()
-    return {name: w for name, w in weights if name not in every or every[name].requires_grad}
-
-
 def merged(network):
     """Yields (name, weight) of all parameters that the network has without adapters, in their
-    order, with W + (α / r) B A for W: float32, and sharded as they are."""
+    order, with W + (α / r) B A for W: float32, and sharded as they are. Then the saved buffers."""
     for name, parameter in network.named_parameters():
         owner, _, key = name.rpartition(".")
         layer = owner.removesuffix(".base_layer")
@@ -55,10 +48,11 @@ def merged(network):
             if layer != owner and key == "weight":
                 weight = weight + network.get_submodule(layer).get_delta_weight("default").detach()
             yield f"{layer}.{key}", weight
+    saved = network.state_dict()
+    yield from ((name, buffer) for name, buffer in network.named_buffers() if name in saved)
 
 
-def merged_weights(network):
-    """`merged` as a dict of whole tensors on the CPU; None of a network without adapters."""
-    if len(trained(network)) == len(list(network.parameters())):
-        return None
-    return {name: distributed.unsharded(weight).cpu() for name, weight in merged(network)}
+def whole_weights(network):
+    """`merged` as a dict of whole tensors, the tied ones once, on rank 0's CPU; on others empty."""
+    whole = ((name, distributed.unsharded(weight)) for name, weight in merged(network))
+    return {name: weight.cpu() for name, weight in whole if not distributed.rank()}

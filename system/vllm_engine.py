@@ -81,14 +81,9 @@ class Engine:
 
     def update(self, policy):
         """Hands over the policy's weights, and throws away the prompts read with others."""
-
-        def weights():
-            kept = policy.state_dict()
-            for name, parameter in lora.merged(policy):
-                yield name, distributed.unsharded(parameter.to(policy.compute_dtype))
-            yield from ((name, buffer) for name, buffer in policy.named_buffers() if name in kept)
-
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights()})
+        cast = ((name, weight.to(policy.compute_dtype)) for name, weight in lora.merged(policy))
+        whole = ((name, distributed.unsharded(weight)) for name, weight in cast)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": whole})
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache, read with the weights before")
 

@@ -49,17 +49,19 @@ def result(task):
                 gradients[f"{name}.{key}"] = distributed.unsharded(parameter.grad).clone()
         clipped = SimpleNamespace(network=network, max_grad_norm=1.0)
         metrics[f"{name}_norm"] = learner.clip_gradients(clipped)
-    merged = lora.merged_weights(policy) or {}
+    merged = lora.whole_weights(policy)
     return {"rows": rows, "metrics": metrics, "gradients": gradients, "merged": merged}
 
 
 if __name__ == "__main__":
     distributed.start()
     directory = Path(sys.argv[1])
-    with distributed.rank_0_first():
-        if not (directory / "built").exists():  # as toy.build, which the scripts call so
-            with distributed.rank_0_first():  # the others never come here
-                (directory / "built").write_text(f"by rank {distributed.rank()}")
+    built = directory / "built"
+
+    def build():  # as toy.build, which the scripts call so: what is called on rank 0 may nest
+        distributed.on_rank_0(lambda: built.write_text(f"by rank {distributed.rank()}"))
+
+    distributed.on_rank_0(build)
     answer = [result(task) for task in torch.load(directory / "tasks.pt")]
     if not distributed.rank():
         torch.save(answer, directory / f"result-{distributed.world()}.pt")

@@ -243,7 +243,7 @@ def test_a_tokenizer_of_another_model(world, tmp_path, capsys):
     tokenizer = load_tokenizer(str(directory))
     tokenizer.add_tokens([f"<word{i}>" for i in range(50)])
     tokenizer.save_pretrained(directory)
-    said = ("the tokenizer in", "they are not of one kind")
+    said = ("the policy's tokenizer", "they are not of one kind")
     run_fails(capsys, world, tmp_path / "run", [f"--model={directory}"], *said)
     assert not (tmp_path / "run").exists()
 

@@ -26,7 +26,9 @@ def test_the_learning_rate_rises_in_a_line_and_stays():
         rates.append(learner.optimizer.param_groups[0]["lr"])
         set_gradient(learner, 1.0)
         assert step_or_skip({"policy": learner}, {})
-    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8]) and learner.steps == 6
+    assert (
+        rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8]) and learner.scheduler.last_epoch == 6
+    )
     assert learner_of(1.0, lr=0.8, steps=0).optimizer.param_groups[0]["lr"] == 0.8
 
 
@@ -55,7 +57,8 @@ def test_what_is_not_finite_on_one_side_moves_neither(bad):
     set_gradient(learners["critic"], 1.0 if bad else math.nan)
     assert not step_or_skip(learners, bad)
     for name, weight in (("policy", 1.0), ("critic", 2.0)):
-        assert learners[name].network.weight.item() == weight and learners[name].steps == 0
+        assert learners[name].network.weight.item() == weight
+        assert learners[name].scheduler.last_epoch == 0
         assert learners[name].network.weight.grad is None
     set_gradient(learners["policy"], 1.0)
     set_gradient(learners["critic"], 1.0)
