@@ -201,16 +201,14 @@ def written_whole(path):
 
 def write_json(path, value):
     """Writes a JSON file, whole or not at all. Rank 0 does."""
-    if not distributed.rank():
-        with written_whole(Path(path)) as file:
-            file.write((json.dumps(value, indent=2) + "\n").encode())
+    write_lines(path, [value], indent=2)
 
 
-def write_lines(path, values):
+def write_lines(path, values, **how):
     """Writes a .jsonl file, whole or not at all. Rank 0 does."""
     if not distributed.rank():
         with written_whole(Path(path)) as file:
-            file.writelines(json.dumps(value).encode() + b"\n" for value in values)
+            file.writelines(json.dumps(value, **how).encode() + b"\n" for value in values)
 
 
 def step_of(line):
