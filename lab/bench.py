@@ -152,6 +152,7 @@ PARTS = {"gae": bench_gae, "sampling": partial(bench_sampling, "hf"),
 
 @dataclass(frozen=True)
 class Settings(plan.Settings):
+    PACKAGES = train_vapo.Settings.PACKAGES
     parts: list[str] = flag(list(PARTS)[:-1], "which", (
         f"must be of {', '.join(PARTS)}", lambda parts: set(parts) <= set(PARTS)))
     repeats: int = flag(5, "turns of each side", settings.AT_LEAST_1)

@@ -90,7 +90,7 @@ def resume(run_dir, learners, generators):
         if not isinstance(wrong, (ValueError, KeyError)) and "Missing key" not in str(wrong):
             raise wrong from None
         said = f"the checkpoint {directory} does not fit ({distributed.first_line(wrong)})"
-        raise BadInput(f"{said}: is --model still the model that the run began with?") from None
+        raise BadInput(f"{said}: are --model and revision those of its start?") from None
     for name, generator in generators.items():
         state, own = rest["generators"][name], generator.get_state()
         require(state.shape == own.shape, "the run began on another kind of device: see --device")

@@ -66,7 +66,7 @@ def on_rank_0(function):
         wrong = error
     finally:
         STATE["world"] = processes
-    travels = wrong is None or isinstance(wrong, ValueError)
+    travels = wrong is None or isinstance(wrong, (ValueError, OSError))
     told = from_rank_0(wrong if travels else RuntimeError(f"on rank 0: {wrong}"))
     if told:
         raise wrong or told

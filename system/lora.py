@@ -40,6 +40,7 @@ def trained(network):
 def merged(network):
     """Yields (name, weight) of all parameters that the network has without adapters, in their
     order, with W + (α / r) B A for W: float32, and sharded as they are. Then the saved buffers."""
+    saved = network.state_dict()  # first: it shards again what FSDP left whole after a pass
     for name, parameter in network.named_parameters():
         owner, _, key = name.rpartition(".")
         layer = owner.removesuffix(".base_layer")
@@ -48,7 +49,6 @@ def merged(network):
             if layer != owner and key == "weight":
                 weight = weight + network.get_submodule(layer).get_delta_weight("default").detach()
             yield f"{layer}.{key}", weight
-    saved = network.state_dict()
     yield from ((name, buffer) for name, buffer in network.named_buffers() if name in saved)
 
 

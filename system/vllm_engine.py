@@ -81,7 +81,8 @@ class Engine:
 
     def update(self, policy):
         """Hands over the policy's weights, and throws away the prompts read with others."""
-        cast = ((name, weight.to(policy.compute_dtype)) for name, weight in lora.merged(policy))
+        buffers, dtype = dict(policy.named_buffers()), policy.compute_dtype
+        cast = ((n, w if n in buffers else w.to(dtype)) for n, w in lora.merged(policy))
         whole = ((name, distributed.unsharded(weight)) for name, weight in cast)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": whole})
         if not self.llm.reset_prefix_cache():

@@ -49,6 +49,7 @@ def result(task):
                 gradients[f"{name}.{key}"] = distributed.unsharded(parameter.grad).clone()
         clipped = SimpleNamespace(network=network, max_grad_norm=1.0)
         metrics[f"{name}_norm"] = learner.clip_gradients(clipped)
+    train_vapo.score(policy, critic, dict(task["rows"]), settings)  # FSDP leaves some weights whole
     merged = lora.whole_weights(policy)
     return {"rows": rows, "metrics": metrics, "gradients": gradients, "merged": merged}
 

@@ -300,7 +300,7 @@ def test_another_model_in_place_of_the_runs_own_is_refused(world, tmp_path, caps
     if last == 0:  # where the optimisers have no moments yet
         shutil.rmtree(out / "checkpoint" / "step-000001")
     replace_by(**other)
-    said = ("does not fit", "is --model still the model")
+    said = ("does not fit", "are --model and revision those of its start?")
     fails_with(capsys, train_vapo.main, [f"--resume={out}", "--steps=2"], *said)
 
 
