@@ -119,14 +119,11 @@ def train_base(world, step, tokenizer, problems, progress=True):
     rng = random.Random(f"demonstrations {world.seed}")
 
     def draw():
-        asked = rng.choices(problems, k=world.update_rows)
         return [(f"{letter}{steps}:", demonstrate(world, step, letter, steps, rng))
-                for letter, steps in asked]  # fmt: skip
+                for letter, steps in rng.choices(problems, k=world.update_rows)]  # fmt: skip
 
-    return base_model.train(
-        tokenizer, draw, world.seed, world.layers, world.width, 8 * world.max_steps + 64,
-        world.updates, world.lr, progress,
-    )  # fmt: skip
+    how = world.seed, world.layers, world.width, 8 * world.max_steps + 64, world.updates, world.lr
+    return base_model.train(tokenizer, draw, *how, progress)
 
 
 # What each script is told here: `python train_vapo.py` is `… @runs/toy/train_vapo.args`. The

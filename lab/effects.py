@@ -12,8 +12,9 @@ an interaction (how much more the one does beside the other, halved).
 Shapes: N runs, W sets, smallest first (the empty one is none of them).
 """
 
-from itertools import combinations
-from math import comb, nan, sqrt
+from collections import defaultdict
+from itertools import accumulate, combinations
+from math import comb, hypot, nan, sqrt
 
 import numpy as np
 
@@ -30,8 +31,7 @@ def error_of_replicates(bits, block, y):
     """(σ, degrees of freedom) of one run, from the combinations that were run in two blocks.
     d = y in one block − y in the other; σ² = Σ (d − mean of d)² / (2 (n − 1))."""
     of = dict(zip(zip(bits, block), y))
-    both = [run for run in dict.fromkeys(bits) if {(run, 0), (run, 1)} <= of.keys()]
-    d = [of[run, 0] - of[run, 1] for run in both]
+    d = [of[run, 0] - of[run, 1] for run in set(bits) if {(run, 0), (run, 1)} <= of.keys()]
     n = len(d)
     return (sqrt(np.var(d, ddof=1) / 2), n - 1) if n > 1 else (nan, 0)
 
@@ -52,14 +52,23 @@ def effects(bits, block, y):
     Returns: ({set: effect}, {set: its standard error for σ = 1}, (σ, degrees of freedom) of the
     residual). In a fraction of the cube interactions that it cannot tell apart share their sum."""
     sets = [set_ for set_ in SETS if len(set_) <= (2 if len(bits) >= 64 else 1)]
-    ones = [np.equal(block, b) for b in sorted(set(block))]
-    x_NW = np.column_stack([signs(bits, sets) / 2, *ones])
+    x_NW = np.column_stack([signs(bits, sets) / 2, *(np.equal(block, b) for b in set(block))])
     inverse_WN = np.linalg.pinv(x_NW)
     coefficient_W, free = inverse_WN @ y, len(y) - np.linalg.matrix_rank(x_NW)
     residual = np.array(y) - x_NW @ coefficient_W
     sigma = sqrt(residual @ residual / free) if free > 0 else nan
     unit_W = np.sqrt((inverse_WN**2).sum(1))
     return dict(zip(sets, coefficient_W)), dict(zip(sets, unit_W)), (sigma, free)
+
+
+def between_blocks(bits, block, y):
+    """By how much the seven main effects of block 1 exceed those of block 0, a fit each.
+    Returns: [(difference, its standard error for σ = 1)]; NaN with fewer than 16 runs in one."""
+    parts = [[run for run in zip(bits, block, y) if run[1] == b] for b in (0, 1)]
+    if min(map(len, parts)) < 16:
+        return [(nan, nan)] * 7
+    (one, unit_one, _), (two, unit_two, _) = (effects(*zip(*part)) for part in parts)
+    return [(two[i,] - one[i,], hypot(unit_one[i,], unit_two[i,])) for i in range(7)]
 
 
 def half_width(unit, error):
@@ -73,29 +82,21 @@ def half_width(unit, error):
 def shapley(value):
     """Shapley's values: φ_i = Σ_{S without i} |S|! (6 − |S|)! / 7! · (v(S with i) − v(S)). They sum
     to v(all) − v(none). Args: value, {bits: v}. NaN unless all 128 combinations are there."""
-    found = []
-    for i in range(7):
-        pairs = [(bits, bits[:i] + "1" + bits[i + 1 :]) for bits in value if bits[i] == "0"]
-        gains = ((value.get(more, nan) - value[bits]) / comb(6, bits.count("1")) / 7
-                 for bits, more in pairs)  # fmt: skip
-        found.append(sum(gains) if len(value) == 128 else nan)
-    return found
+    if len(value) < 128:
+        return [nan] * 7
+    return [sum((value[bits[:i] + "1" + bits[i + 1 :]] - v) / comb(6, bits.count("1")) / 7
+                for bits, v in value.items() if bits[i] == "0")
+            for i in range(7)]  # fmt: skip
 
 
 def corners(value):
     """([VAPO − VAPO without piece i], [PPO with piece i alone − PPO]); NaN where a run lacks."""
-
-    def bits(i, inside):
-        return "".join(inside if j == i else "10"[inside == "1"] for j in range(7))
-
-    at = {run: value.get(run, nan) for run in ["1" * 7, "0" * 7]}
-    without = [at["1" * 7] - value.get(bits(i, "0"), nan) for i in range(7)]
-    return without, [value.get(bits(i, "1"), nan) - at["0" * 7] for i in range(7)]
+    at = defaultdict(lambda: nan, value)
+    without = [at["1" * 7] - at["1" * i + "0" + "1" * (6 - i)] for i in range(7)]
+    return without, [at["0" * i + "1" + "0" * (6 - i)] - at["0" * 7] for i in range(7)]
 
 
 def collapse(accuracies):
     """The first rollout, counted from 1, whose accuracy is below half of the best before; or 0."""
-    for step, accuracy in enumerate(accuracies, 1):
-        if accuracy < 0.5 * max(accuracies[: step - 1], default=0):
-            return step
-    return 0
+    best = enumerate(zip(accuracies, accumulate(accuracies, max)), 1)
+    return next((step for step, (accuracy, so_far) in best if accuracy < 0.5 * so_far), 0)

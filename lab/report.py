@@ -103,16 +103,18 @@ def cube(runs):
     for name in RESPONSES if len(part) >= 16 else ():
         y = part[name].to_numpy()
         effect, unit, residual = effects.effects(bits, block, y)
-        value = part.groupby("title")[name].mean().to_dict()
+        whole = part if len(part) >= 256 else part[block == block.min()]  # as they differ in level
+        value = whole.groupby("title")[name].mean().to_dict()
         errors = {"of the two replicates": effects.error_of_replicates(bits, block, y)}
-        for b in sorted(set(block)):
-            cube_b = part[part["seed"] == b]
+        for b, cube_b in part.groupby("seed"):
             how = (list(cube_b["title"]), cube_b[name].to_numpy())
             errors[f"of orders of four and more, seed {b}"] = effects.error_of_high_orders(*how)
         errors["of the residual"] = residual
         error = next((error for error in errors.values() if error[1] >= 20), residual)
         half = {w: effects.half_width(unit[w], error) for w in effect}
-        found[name] = {"effect": effect, "half": half, "errors": errors, "value": value}
+        more = effects.between_blocks(bits, block, y)
+        apart = [show(d, effects.half_width(one, error)) for d, one in more]
+        found[name] = dict(effect=effect, half=half, errors=errors, value=value, apart=apart)
     return found
 
 
@@ -132,19 +134,20 @@ def cube_text(found, runs, log, out):
     without, alone = effects.corners(value["mean"])
     lines, right, predicted = [], 0, predictions(out)
     for i, title in enumerate(TITLES):
-        on = part["title"].str[i] == "1"
-        fell = (f"{part[is_on]['collapse'].gt(0).mean():.0%}" for is_on in (on, ~on))
+        fell = (f"{part[part['title'].str[i] == b]['collapse'].gt(0).mean():.0%}" for b in "10")
         right += sum(said * effect[r][i,] > 0 for said, r in zip(predicted[i], RESPONSES))
         cells = [show(effect[r][i,], half[r][i,]) for r in RESPONSES]
         cells += map(show, (shapley[0][i], shapley[1][i], without[i], alone[i]))
         cells += [*fell, *(f"{said:+.2f}" for said in predicted[i])]
+        cells += (found[r]["apart"][i] for r in RESPONSES)
         lines.append([title, 60 - PAPER[list(PIECES)[i]], *cells])
     text = [f"{len(part)} runs, {part['title'].nunique()} of 128 combinations. Main effect: the "
             "mean of all runs with the piece minus that of all without.",
             markdown(["", "paper: AIME 2024 lost without it", "mean of training", "final",
                       "Shapley, mean", "Shapley, final", "VAPO − VAPO without it, mean",
                       "PPO with it − PPO, mean", "runs that fell, with", "without",
-                      "predicted, mean", "predicted, final"], lines),
+                      "predicted, mean", "predicted, final", "seed 1, half the learning rate, "
+                      "− seed 0, mean", "the same, final"], lines),
             f"Signs predicted right: {right} of 14."]  # fmt: skip
     for r, title in RESPONSES.items():
         told = (f"{s:.4f} {n} ({free} degrees of freedom)"
@@ -160,9 +163,8 @@ def cube_text(found, runs, log, out):
     names = ["step", "accuracy", "explained_variance", "ratio_max", "length", "entropy"]
     for run in fell[:2].itertuples():
         own = log[(log["row"] == run.row) & (log["seed"] == run.seed)]
-        near = own["step"].between(max(1, run.collapse - 4), run.collapse + 2)
-        cells = own[near].reindex(columns=names).to_numpy()
-        table = markdown(names, [[f"{y:.3g}" for y in line] for line in cells])
+        near = own[own["step"].between(max(1, run.collapse - 4), run.collapse + 2)]
+        table = markdown(names, near.reindex(columns=names).map("{:.3g}".format).to_numpy())
         text += [f"What came first in {run.row}, seed {run.seed}:", table]
     return text
 

@@ -57,6 +57,7 @@ NUMBERS = "test_table.py::test_the_numbers_of_a_rollout_by_hand"
 CUT = "test_table.py::test_what_is_cut_out_of_rows_and_put_together_again"
 SURPRISE = "test_model.py::test_a_critic_reads_how_unlikely_the_tokens_were"
 EFFECTS = "lab/test_effects.py"
+REPLICATE = "lab/test_report.py::test_the_second_replicate_beside_the_first"
 REPORT = "lab/test_report.py::test_the_table_is_computed_from_the_files_as_by_hand"
 PRESETS = "test_vapo.py::test_each_preset_as_a_line_of_literals"
 EVALUATED = "test_evaluate.py::test_temperature_and_top_p_of_evaluations_are_their_own"
@@ -434,8 +435,10 @@ QUICK = [
     ("lab/effects.py", "ddof=1) / 2)", "ddof=1))", EFFECTS),
     ("lab/effects.py", "len(set_) >= 4", "len(set_) >= 1", EFFECTS),
     ("lab/effects.py", "effect_W**2) * 128 / 4", "effect_W**2) * 128", EFFECTS),
+    ("lab/effects.py", "two[i,] - one[i,]", "one[i,] - two[i,]", EFFECTS),
+    ("lab/report.py", "len(part) >= 256", "len(part) >= 128", REPLICATE),
     ("lab/effects.py", "comb(6, bits.count", "comb(7, bits.count", EFFECTS),
-    ("lab/effects.py", "0.5 * max(accuracies", "0.4 * max(accuracies", EFFECTS),
+    ("lab/effects.py", "0.5 * so_far", "0.4 * so_far", EFFECTS),
     ("ablate.py", "key=syndrome", "key=len",
      "test_ablate.py::test_a_part_of_the_cube_is_a_regular_fraction_of_resolution_four"),
     ("ablate.py", "own = {piece: False for piece, bit in zip(PIECES, bits)",

@@ -50,6 +50,20 @@ def test_a_replicate_that_is_better_throughout_changes_no_effect():
     assert unit[0,] == pytest.approx(math.sqrt(2 / 128))
 
 
+def test_what_a_second_replicate_says_otherwise():
+    """In the second, of sixteen runs, piece 1 is worth 0.05 more, and all runs 0.3 more."""
+    half = ORDER[:16]
+    bits, block = CUBE + half, [0] * 128 + [1] * 16
+    y = [response(run) for run in CUBE]
+    y += [response(run) + 0.3 + 0.05 * int(run[0]) for run in half]
+    more = effects.between_blocks(bits, block, y)
+    assert [difference for difference, _ in more] == pytest.approx([0.05] + [0] * 6)
+    # Two differences of means: of 64 runs each, of 8 each
+    assert [unit for _, unit in more] == pytest.approx([math.sqrt(2 / 64 + 2 / 8)] * 7)
+    few = effects.between_blocks(bits[:-1], block[:-1], y[:-1])
+    assert all(math.isnan(number) for pair in few for number in pair) and len(few) == 7
+
+
 def test_the_error_of_one_run_by_hand_and_from_noise():
     # d = −1, −3: mean −2, Σ (d − mean)² = 2, and σ² = 2 / (2 · (2 − 1)) = 1
     sigma, free = effects.error_of_replicates(

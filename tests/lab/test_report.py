@@ -84,8 +84,22 @@ def test_the_cube_as_a_table_with_its_predictions_and_its_falls(tmp_path):
     # 8 runs with it trained at 0.35; without it, seven at 0.25 and one at (0.25 · 3 + 0.1) / 4
     assert cells[2].startswith(f"{0.35 - (7 * 0.25 + 0.2125) / 8:.3f} ±")
     assert cells[3].startswith("0.200 ±") and cells[8:10] == ["0%", "12%"]
-    assert cells[10:] == ["+0.04", "-0.02 |"] and "Signs predicted right: 1 of 14" in text
+    assert cells[10:12] == ["+0.04", "-0.02"] and "Signs predicted right: 1 of 14" in text
     assert "| 3 | 0.1 |" in text and (out / "effects.png").stat().st_size > 5000
+
+
+def test_the_second_replicate_beside_the_first(tmp_path):
+    """Piece 1 is worth 0.2 in the first, 0.3 in the second, whose sixteen runs are all worse by 0.4:
+    values that need all runs alike (what VAPO has over VAPO without it) come from the first."""
+    runs = {f"{row}-0": curve(0.5 + 0.2 * (row[5] == "1")) for row in GROUPS["cube"]}
+    runs |= {f"{row}-1": curve(0.1 + 0.3 * (row[5] == "1")) for row in GROUPS["cube"][:16]}
+    report.main([f"--out={kept(tmp_path, runs)}"])
+    text = (tmp_path / "README.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| value pretraining | 49 |"))
+    cells = row.strip("| ").split(" | ")
+    # (128 · 0.2 + 16 · 0.3) / 144 = 0.211; in training half of everything
+    assert cells[3].startswith("0.211 ±") and cells[6] == "0.100"
+    assert cells[-2].startswith("0.050 ±") and cells[-1].startswith("0.100 ±")
 
 
 def test_fifteen_runs_of_the_cube_are_not_yet_a_fraction_of_it(tmp_path):
