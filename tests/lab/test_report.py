@@ -89,7 +89,7 @@ def test_the_cube_as_a_table_with_its_predictions_and_its_falls(tmp_path):
 
 
 def test_the_second_replicate_beside_the_first(tmp_path):
-    """Piece 1 is worth 0.2 in the first, 0.3 in the second, whose sixteen runs are all worse by 0.4:
+    """Piece 1 is worth 0.2 in the first, 0.3 in the second, of sixteen runs, all worse:
     values that need all runs alike (what VAPO has over VAPO without it) come from the first."""
     runs = {f"{row}-0": curve(0.5 + 0.2 * (row[5] == "1")) for row in GROUPS["cube"]}
     runs |= {f"{row}-1": curve(0.1 + 0.3 * (row[5] == "1")) for row in GROUPS["cube"][:16]}
