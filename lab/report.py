@@ -216,7 +216,7 @@ def figures(runs, log, found):
                      curves(CRITICS, CRITIC[1], "of the best possible critic", -0.2, 1),
                      curves(CRITICS, CRITIC[2], "first-slip AUC", 0.4, 1)]),
         ("length.png", {"30_dapo", "dapo", "300_dapo"} <= rows,
-         "Accuracy minus DAPO's, by the length of an answer.", (11, 4),
+         "Accuracy minus DAPO's, by the length of an answer.", (13, 7),
          [(title, "tokens", partial(by_length, runs, r)) for r, title in RESPONSES.items()]),
         ("long.png", "long_dapo" in rows, "Three times as many rollouts.", (11, 4),
          [curves(GROUPS["long"], "test_accuracy", "held-out accuracy", 0, 1, x=x)
