@@ -31,7 +31,7 @@ def error_of_replicates(bits, block, y):
     """(σ, degrees of freedom) of one run, from the combinations that were run in two blocks.
     d = y in one block − y in the other; σ² = Σ (d − mean of d)² / (2 (n − 1))."""
     of = dict(zip(zip(bits, block), y))
-    d = [of[run, 0] - of[run, 1] for run in set(bits) if {(run, 0), (run, 1)} <= of.keys()]
+    d = [y_0 - of[run, 1] for (run, b), y_0 in of.items() if b == 0 and (run, 1) in of]
     n = len(d)
     return (sqrt(np.var(d, ddof=1) / 2), n - 1) if n > 1 else (nan, 0)
 
