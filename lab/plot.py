@@ -63,7 +63,7 @@ def draw(path, size, panels, rows=1):
     for axis, (title, x, paint) in zip(axes, panels):
         paint(axis)
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel(x, fontsize=9)
+        axis.set(xlabel=x, axisbelow=True)
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize=8, framealpha=0.5)

@@ -13,20 +13,22 @@ from functools import partial
 from math import isnan, nan
 from pathlib import Path
 
-from ablate import GROUPS, PIECES, ROWS, Settings
+from ablate import GROUPS, MAIN, PIECES, ROWS, Settings
 from lab import effects
 from lab.plot import draw, need
 from system.jobs import lines_of
 from system.run import exit_on_bad_input
 from system.settings import parse
 
-# AIME 2024, avg@32, of Qwen2.5-32B without each piece (arXiv 2504.05118, table 1); VAPO has 60.
-PAPER = dict(zip(PIECES, (11, 33, 45, 46, 53, 54, 55)))
+# What Qwen2.5-32B loses of 60 on AIME 2024, avg@32, without each (arXiv 2504.05118, table 1).
+PAPER = (49, 27, 15, 14, 7, 6, 5)
 TITLES = list(PIECES.values())
 METHODS = ("vapo", "dapo", "grpo", "vc_ppo", "ppo", "perfect_critic", "critic_surprise")
 CRITICS = ("vapo", "critic_surprise", "perfect_critic", "ppo")
 RESPONSES = {"mean": "mean of training", "final": "final"}
 CRITIC = ("explained_variance", "best_explained_variance", "slip_auc")
+COLOURS = {title: f"C{i}" for i, (title, _) in enumerate(MAIN.values())}
+SEEDS = {"hue": "title", "palette": COLOURS, "errorbar": ("pi", 100)}  # mean; lowest to highest
 SECTIONS = {"main": "100 tokens", "30": "30 tokens", "300": "300 tokens", "long": "72 rollouts"}
 
 
@@ -50,11 +52,10 @@ def read(out):
     import pandas as pd
 
     runs, log = [], []
-    for path in sorted((out / "raw").glob("*-*.jsonl")):
-        row, seed = path.stem.rsplit("-", 1)
-        if row in ROWS:
+    for row, (title, _) in ROWS.items():
+        for path in sorted((out / "raw").glob(f"{row}-*.jsonl")):
             first, *lines = lines_of(path)
-            own = {"row": row, "seed": int(seed), "title": ROWS[row][0]}
+            own = {"row": row, "seed": int(path.stem.rpartition("-")[2]), "title": title}
             table = pd.DataFrame(lines).assign(**own)
             runs.append(own | first["config"]["on"] | {
                 "final": table["test_accuracy"].dropna().iloc[-1],
@@ -70,11 +71,9 @@ def read(out):
 def methods(runs, rows):
     """A table of rows: both responses, and what they have over the first row's, by seed."""
     parts = {row: part.set_index("seed") for row, part in runs.groupby("row")}
-    first, lines = parts.get(rows[0]), []
-    for row in filter(parts.__contains__, rows):
-        part = parts[row]
-        apart = [(part[r] - first[r]).dropna() if row != rows[0] and first is not None else ()
-                 for r in RESPONSES]  # fmt: skip
+    first, lines = parts.get(rows[0], runs[:0]), []
+    for row, part in ((row, parts[row]) for row in rows if row in parts):
+        apart = [(part[r] - first[r]).dropna() if row != rows[0] else () for r in RESPONSES]
         late = [show(part[name].mean()) for name in CRITIC]
         cells = [interval(part[r]) for r in RESPONSES] + [interval(numbers) for numbers in apart]
         counts = f"{part['answers'].mean():.0f}", f"{part['minutes'].mean():.1f}", len(part)
@@ -86,13 +85,12 @@ def methods(runs, rows):
 
 def ceiling(runs, rows):
     """What a better critic could bring in a world: by how much a perfect one leads DAPO there."""
-    mean = runs.groupby("row")[list(RESPONSES)].mean()
     pair = [row for end in ("perfect_critic", "dapo") for row in rows if row.endswith(end)]
-    if len(pair) < 2 or mean.index.isin(pair).sum() < 2:
+    parts = [runs[runs["row"] == row].set_index("seed")[list(RESPONSES)] for row in pair]
+    if len(parts) < 2 or not len(lead := (parts[0] - parts[1]).dropna()):
         return []
-    lead = mean.loc[pair[0]] - mean.loc[pair[1]]
-    few = ": below 0.05, so this world cannot reward a better critic" * bool(lead.max() < 0.05)
-    by = f"{lead['mean']:+.3f} in the mean, {lead['final']:+.3f} in the end"
+    few = ": below 0.05, so this world cannot reward a better critic" * (max(lead.mean()) < 0.05)
+    by = f"{interval(lead['mean'])} in the mean, {interval(lead['final'])} in the end"
     return [f"A perfect critic leads DAPO by {by}{few}."]
 
 
@@ -140,9 +138,9 @@ def cube_text(found, runs, log, out):
         cells += map(show, (shapley[0][i], shapley[1][i], without[i], alone[i]))
         cells += [*fell, *(f"{said:+.2f}" for said in predicted[i])]
         cells += (found[r]["apart"][i] for r in RESPONSES)
-        lines.append([title, 60 - PAPER[list(PIECES)[i]], *cells])
+        lines.append([title, PAPER[i], *cells])
     text = [f"{len(part)} runs, {part['title'].nunique()} of 128 combinations. Main effect: the "
-            "mean of all runs with the piece minus that of all without.",
+            "mean of all runs with the piece minus that of all without (least squares).",
             markdown(["", "paper: AIME 2024 lost without it", "mean of training", "final",
                       "Shapley, mean", "Shapley, final", "VAPO − VAPO without it, mean",
                       "PPO with it − PPO, mean", "runs that fell, with", "without",
@@ -199,14 +197,13 @@ def figures(runs, log, found):
 
     rows, mean = set(runs["row"]), found.get("mean")
     return [
-        ("effects.png", found, "Left the paper's losses; then our main effects, 95% intervals.",
-         (13, 3.6), [("paper: points of AIME 2024 lost without it", "", partial(dots, None))] + [
-             (f"main effect on the accuracy, {title}", "", partial(dots, found.get(r)))
-             for r, title in RESPONSES.items()]),
+        ("effects.png", found, "Left the paper's losses, right our main effects, 95% intervals.",
+         (11, 4), [("without it, in the paper", "points of AIME 2024 lost",
+                    lambda axis: axis.barh(TITLES[::-1], PAPER[::-1], color="0.6")),
+                   ("main effect here", "change of accuracy (0 to 1)", partial(dots, found))]),
         ("interactions.png", found and (0, 1) in mean["effect"],
-         "How much more a piece does where another is on, halved; on the diagonal its main effect. "
-         "A star: the interval excludes 0.", (9, 6.5),
-         [("effects and interactions on the mean of training", "", partial(heat_map, mean))]),
+         "What a piece does more beside another, halved; diagonal: main effects; *: not 0 (95%).",
+         (9, 6.5), [("change of accuracy, mean of training", "", partial(heat_map, mean))]),
         ("curves.png", found, "All runs of the cube, by the piece that explains most.", (7.5, 4.5),
          [("accuracy of the training rollouts", "rollouts", partial(all_curves, log, mean))]),
         ("methods.png", "vapo" in rows, "Who learns fastest, and who is best at the end.",
@@ -216,16 +213,16 @@ def figures(runs, log, found):
                      curves(CRITICS, CRITIC[1], "of the best possible critic", -0.2, 1),
                      curves(CRITICS, CRITIC[2], "first-slip AUC", 0.4, 1)]),
         ("length.png", {"30_dapo", "dapo", "300_dapo"} <= rows,
-         "Accuracy minus DAPO's, by the length of an answer.", (13, 7),
-         [(title, "tokens", partial(by_length, runs, r)) for r, title in RESPONSES.items()]),
+         "By the length of an answer, with the same seed: the mean of three, lowest to highest.",
+         (13, 7), [(f"accuracy minus DAPO's, {title}", "tokens", partial(by_length, runs, r))
+                   for r, title in RESPONSES.items()]),
         ("long.png", "long_dapo" in rows, "Three times as many rollouts.", (11, 4),
          [curves(GROUPS["long"], "test_accuracy", "held-out accuracy", 0, 1, x=x)
           for x in ("answers", "gradient_steps")]),
         ("evpo.png", "vapo" in rows and "advantage_variance" in log,
-         "A dot a rollout. Claimed (arXiv 2604.19485): below 1 only right of 0, where the critic "
-         "explains something. That is so for λ = 1; λ < 1 lowers it too.", (6, 4.5),
-         [("variance of the advantages / of the outcomes", "explained variance",
-           partial(evpo, log))]),
+         "A dot a rollout; what lies beyond is on the edge. Claimed (arXiv 2604.19485): below 1 "
+         "only where the critic explains something. So it is for λ = 1; λ < 1 lowers it too.",
+         (6, 4.5), [("variance: advantages / outcomes", "explained variance", partial(evpo, log))]),
     ]
 # fmt: on
 
@@ -234,22 +231,20 @@ def lines(log, rows, x, y, limits, axis):
     """A metric's mean over seeds, and a band from lowest to highest."""
     import seaborn
 
-    own = log.reindex(columns=dict.fromkeys(["row", "step", "title", x, y]))
-    own = own[own["row"].isin(rows)].dropna(subset=[y])
+    own = log[log["row"].isin(rows)].reindex(columns=["row", "title", y, *{"step", x}])
     own = own.assign(**{x: own.groupby(["row", "step"])[x].transform("mean")})
-    seaborn.lineplot(own, x=x, y=y, hue="title", errorbar=("pi", 100), ax=axis)
+    seaborn.lineplot(own, x=x, y=y, ax=axis, **SEEDS)
     axis.set(ylim=limits, ylabel="", xlabel="")
 
 
 def dots(found, axis):
-    """The seven main effects and their intervals, or the paper's losses."""
-    if found:
-        effect, half = ([found[name][i,] for i in range(7)] for name in ("effect", "half"))
-        axis.errorbar(effect, range(7), xerr=half, fmt="o", capsize=3)
-        axis.axvline(0, color="k", lw=1)
-    else:
-        axis.barh(range(7), [60 - left for left in PAPER.values()], color="C1")
-    axis.set(yticks=range(7), yticklabels=[""] * 7 if found else TITLES, ylim=(6.5, -0.5))
+    """The seven main effects and their 95% intervals, the first on top."""
+    for k, (response, of) in enumerate(found.items()):
+        effect, half = ([of[name][i,] for i in range(7)] for name in ("effect", "half"))
+        place = [6.1 - i - k / 5 for i in range(7)]
+        axis.errorbar(effect, place, xerr=half, fmt="o", capsize=3, label=RESPONSES[response])
+    axis.axvline(0, color="k", lw=1)
+    axis.set(yticks=range(7), yticklabels=[""] * 7, ylim=(-0.7, 6.7))
 
 
 def heat_map(found, axis):
@@ -257,8 +252,8 @@ def heat_map(found, axis):
 
     sets = [[tuple(sorted({i, j})) for j in range(7)] for i in range(7)]
     effect = [[found["effect"][w] for w in row] for row in sets]
-    said = [[f"{e:+.3f}" + "*" * bool(abs(e) > found["half"][w]) for w, e in zip(*pair)]
-            for pair in zip(sets, effect)]  # fmt: skip
+    said = [[f"{round(e, 3) + 0:+.3f}" + "*" * bool(abs(e) > found["half"][w])
+             for w, e in zip(*pair)] for pair in zip(sets, effect)]  # fmt: skip
     how = {"xticklabels": TITLES, "yticklabels": TITLES, "cmap": "PuOr_r", "center": 0}
     seaborn.heatmap(effect, annot=said, fmt="", ax=axis, **how)
 
@@ -276,22 +271,27 @@ def all_curves(log, found, axis):
 
 
 def by_length(runs, response, axis):
-    mean = runs.groupby("row")[response].mean()
-    for row in (row.removeprefix("30_") for row in GROUPS["30"] if row != "30_dapo"):
-        apart = [mean.get(p + row, nan) - mean[f"{p}dapo"] for p in ("30_", "", "300_")]
-        axis.plot(("30", "100", "300"), apart, "o-", label=ROWS[row][0])
-    axis.axhline(0, color="k", lw=1)
+    """Minus DAPO's with the same seed: the mean, and a bar from the lowest seed to the highest."""
+    import seaborn
+
+    own = runs[runs["title"].isin(COLOURS) & ~runs["row"].str.startswith("long")]
+    own = own.assign(tokens=own["row"].str.extract(r"^(30|300)_")[0].fillna("100"))
+    of = own.pivot_table(response, ["tokens", "seed"], "title")
+    apart = of.sub(of["DAPO"], axis=0).melt(value_name="apart", ignore_index=False).reset_index()
+    how = SEEDS | {"order": ["30", "100", "300"], "hue_order": [*COLOURS], "lw": 1.5}
+    seaborn.pointplot(apart, x="tokens", y="apart", dodge=0.35, markersize=4, ax=axis, **how)
+    axis.set(ylim=(-0.5, 0.15), xlabel="", ylabel="")
 
 
 def evpo(log, axis):
     import seaborn
 
     own = log[log["row"].isin(CRITICS)].dropna(subset=["advantage_variance", "explained_variance"])
-    how = {"x": "explained_variance", "y": "advantage_variance", "hue": "title", "s": 8}
-    seaborn.scatterplot(own, ax=axis, **how)
+    own = own.assign(x=own["explained_variance"].clip(-1), y=own["advantage_variance"].clip(0, 1.5))
+    seaborn.scatterplot(own, x="x", y="y", hue="title", palette=COLOURS, s=8, ax=axis)
     axis.axhline(1, color="k", lw=1)
     axis.axvline(0, color="k", lw=1)
-    axis.set(xlim=(-1, 1), ylim=(0, 1.5), xlabel="", ylabel="")
+    axis.set(xlim=(-1.03, 1), ylim=(0, 1.53), xlabel="", ylabel="")
 
 
 @exit_on_bad_input

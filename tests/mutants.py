@@ -430,7 +430,7 @@ QUICK = [
     ("lab/plan.py", "(4, 4): 24, (2, 2): 16", "(4, 4): 16, (2, 2): 24", "lab/test_plan.py"),
     ("lab/plan.py", "tied = 3 * head", "tied = head", "lab/test_plan.py"),
     ("lab/plan.py", "s.size * (3 * s.layer", "s.size * (2 * s.layer", "lab/test_plan.py"),
-    ("lab/report.py", "lead.max() < 0.05", "lead.max() > 0.05", REPORT),
+    ("lab/report.py", "max(lead.mean()) < 0.05", "max(lead.mean()) > 0.05", REPORT),
     ("lab/effects.py", "signs(bits, sets) / 2", "signs(bits, sets)", EFFECTS),
     ("lab/effects.py", "ddof=1) / 2)", "ddof=1))", EFFECTS),
     ("lab/effects.py", "len(set_) >= 4", "len(set_) >= 1", EFFECTS),
