@@ -53,7 +53,7 @@ def read(out):
 
     runs, log = [], []
     for row, (title, _) in ROWS.items():
-        for path in sorted((out / "raw").glob(f"{row}-*.jsonl")):
+        for path in sorted((out / "raw").glob(f"{row}-[0-9]*.jsonl")):
             first, *lines = lines_of(path)
             own = {"row": row, "seed": int(path.stem.rpartition("-")[2]), "title": title}
             table = pd.DataFrame(lines).assign(**own)
@@ -280,7 +280,7 @@ def by_length(runs, response, axis):
     apart = of.sub(of["DAPO"], axis=0).melt(value_name="apart", ignore_index=False).reset_index()
     how = SEEDS | {"order": ["30", "100", "300"], "hue_order": [*COLOURS], "lw": 1.5}
     seaborn.pointplot(apart, x="tokens", y="apart", dodge=0.35, markersize=4, ax=axis, **how)
-    axis.set(ylim=(-0.5, 0.15), xlabel="", ylabel="")
+    axis.set(xlabel="", ylabel="")
 
 
 def evpo(log, axis):
