@@ -192,8 +192,8 @@ def report(out):
 # fmt: off
 def figures(runs, log, found):
     """[(file, whether there is data for it, what to see in it, inches, panels of `draw`)]."""
-    def curves(rows, y, title, *limits, x="step"):
-        return title, x.replace("step", "rollouts"), partial(lines, log, rows, x, y, limits)
+    def curves(rows, y, title, *limits, x="step", said="rollouts"):
+        return title, said, partial(lines, log, rows, x, y, limits)
 
     rows, mean = set(runs["row"]), found.get("mean")
     return [
@@ -217,8 +217,8 @@ def figures(runs, log, found):
          (13, 7), [(f"accuracy minus DAPO's, {title}", "tokens", partial(by_length, runs, r))
                    for r, title in RESPONSES.items()]),
         ("long.png", "long_dapo" in rows, "Three times as many rollouts.", (11, 4),
-         [curves(GROUPS["long"], "test_accuracy", "held-out accuracy", 0, 1, x=x)
-          for x in ("answers", "gradient_steps")]),
+         [curves(GROUPS["long"], "test_accuracy", "held-out accuracy", 0.3, 1, x=x, said=said)
+          for x, said in {"answers": "answers drawn", "gradient_steps": "optimiser steps"}.items()]),
         ("evpo.png", "vapo" in rows and "advantage_variance" in log,
          "A dot a rollout; what lies beyond is on the edge. Claimed (arXiv 2604.19485): below 1 "
          "only where the critic explains something. So it is for λ = 1; λ < 1 lowers it too.",
