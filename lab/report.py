@@ -218,7 +218,7 @@ def figures(runs, log, found):
                    for r, title in RESPONSES.items()]),
         ("long.png", "long_dapo" in rows, "Three times as many rollouts.", (11, 4),
          [curves(GROUPS["long"], "test_accuracy", "held-out accuracy", 0.3, 1, x=x, said=said)
-          for x, said in {"answers": "answers drawn", "gradient_steps": "optimiser steps"}.items()]),
+          for x, said in [("answers", "answers drawn"), ("gradient_steps", "optimiser steps")]]),
         ("evpo.png", "vapo" in rows and "advantage_variance" in log,
          "A dot a rollout; what lies beyond is on the edge. Claimed (arXiv 2604.19485): below 1 "
          "only where the critic explains something. So it is for λ = 1; λ < 1 lowers it too.",
